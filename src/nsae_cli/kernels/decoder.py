@@ -1,0 +1,25 @@
+"""What the decoder modes do to W_dec's rows around an optimizer step."""
+
+from __future__ import annotations
+
+import torch
+
+
+@torch.no_grad()
+def remove_parallel_component_(gradient: torch.Tensor, W_dec: torch.Tensor) -> None:
+    """gradient_i −= ⟨gradient_i, d_i⟩ d_i for unit rows d_i, so that a step is tangent to the sphere. Both [F, d]."""
+    along = torch.linalg.vecdot(gradient, W_dec)
+    gradient.addcmul_(W_dec, along[:, None], value=-1)
+
+
+@torch.no_grad()
+def normalise_rows_(W_dec: torch.Tensor) -> None:
+    """d_i ← d_i/‖d_i‖. [F, d]"""
+    W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_min_(1e-30))
+
+
+@torch.no_grad()
+def bound_rows_(W_dec: torch.Tensor, bound: float = 1.0) -> None:
+    """d_i ← d_i·min(1, bound/‖d_i‖). [F, d]"""
+    norms = torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_min_(1e-30)
+    W_dec.mul_((bound / norms).clamp_max_(1.0))

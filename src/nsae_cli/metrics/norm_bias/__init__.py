@@ -1,0 +1,25 @@
+"""Norm bias: how a row's norm decides what the loss, its gradient and the reconstruction make of the row.
+
+weights     esf and alpha_eff: from norms alone, before training, or from measured loss terms
+slope       log-log slopes: measured exponents
+index       nbi, with its bootstrap interval
+gradients   grad_share and G_b
+"""
+
+from nsae_cli.metrics.norm_bias.gradients import GradShare, group_gradient_projection, per_token_gradient_norms
+from nsae_cli.metrics.norm_bias.index import NormBiasIndex
+from nsae_cli.metrics.norm_bias.slope import measured_exponent, ols_slope
+from nsae_cli.metrics.norm_bias.weights import EffectiveBatchFraction, NormMoments, alpha_eff, effective_batch_fraction
+
+__all__ = [
+    "EffectiveBatchFraction",
+    "GradShare",
+    "NormBiasIndex",
+    "NormMoments",
+    "alpha_eff",
+    "effective_batch_fraction",
+    "group_gradient_projection",
+    "measured_exponent",
+    "ols_slope",
+    "per_token_gradient_norms",
+]

@@ -1,0 +1,67 @@
+"""Sparsity penalties S(f) = Σ_i φ(f_i, ν_i) of acts f [B, F] and decoder norms ν_i = ‖W_dec,i‖ [F].
+
+They see the scaled units of training (x' = s·x), where the product f_i·ν_i of a feature is its contribution to x̂'.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+#: c of the tanh penalty: a contribution of 1/c in scaled units is where the penalty starts to saturate.
+TANH_SLOPE = 4.0
+
+Slopes = tuple[torch.Tensor | float, torch.Tensor | float]
+
+
+@dataclass(frozen=True)
+class L1:
+    """φ = f."""
+
+    name: ClassVar[str] = "l1"
+    uses_decoder_norms: ClassVar[bool] = False
+
+    def value(self, acts: torch.Tensor, decoder_norms: torch.Tensor | None) -> torch.Tensor:
+        return acts
+
+    def slopes(self, acts: torch.Tensor, decoder_norms: torch.Tensor | None) -> Slopes:
+        return 1.0, 0.0
+
+
+@dataclass(frozen=True)
+class L1DecoderNorm:
+    """φ = f·ν: L1 that cannot be gamed by small acts and long decoder rows (Anthropic, April 2024)."""
+
+    name: ClassVar[str] = "l1-decoder-norm"
+    uses_decoder_norms: ClassVar[bool] = True
+
+    def value(self, acts: torch.Tensor, decoder_norms: torch.Tensor | None) -> torch.Tensor:
+        assert decoder_norms is not None
+        return acts * decoder_norms
+
+    def slopes(self, acts: torch.Tensor, decoder_norms: torch.Tensor | None) -> Slopes:
+        assert decoder_norms is not None
+        return decoder_norms, acts
+
+
+@dataclass(frozen=True)
+class TanhPenalty:
+    """φ = tanh(c·f·ν), c = 4: about a count of the features that contribute (Anthropic, January 2025)."""
+
+    name: ClassVar[str] = "tanh"
+    uses_decoder_norms: ClassVar[bool] = True
+
+    def value(self, acts: torch.Tensor, decoder_norms: torch.Tensor | None) -> torch.Tensor:
+        assert decoder_norms is not None
+        return torch.tanh(TANH_SLOPE * acts * decoder_norms)
+
+    def slopes(self, acts: torch.Tensor, decoder_norms: torch.Tensor | None) -> Slopes:
+        assert decoder_norms is not None
+        slope = TANH_SLOPE * (1 - self.value(acts, decoder_norms).square())
+        return slope * decoder_norms, slope * acts
+
+
+SparsityPenalty = L1 | L1DecoderNorm | TanhPenalty
+PENALTIES: dict[str, SparsityPenalty] = {"l1": L1(), "l1-decoder-norm": L1DecoderNorm(), "tanh": TanhPenalty()}

@@ -1,0 +1,11 @@
+"""Activation stores and the protocol by which every artifact is written.
+
+- `commit`: write-to-temporary, fsync, rename; JSON without NaN; leftovers.
+- `manifest`: the store's `manifest.json`, validated.
+- `shards`: writing a store, shard by shard, and reading it back with its hashes checked.
+- `contexts`: which rows belong to which context, and which contexts are held out.
+- `profile`: per hook, the sinks, the norm scale ñ and the norm bins.
+- `batches`: rows in a shuffled order that is a pure function of (seed, epoch).
+- `sae_folder`: saved SAEs.
+- `workspace`: names and places of artifacts.
+"""

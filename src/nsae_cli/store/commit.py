@@ -1,0 +1,200 @@
+"""How nsae puts bytes on disk so that a crash never leaves a half-written file under a final name.
+
+A file is written as ``.<name>.<uuid>.tmp`` in its own folder, flushed to the disk (fsync), renamed, and the folder is
+flushed. Each artifact's JSON is written last by the same protocol: it is the artifact's completion mark.
+Every durable operation passes through `_operation`, the one place where tests inject faults.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from nsae_cli.errors import ArtifactError, ResourceError
+
+#: Called as ``fault_hook(operation, path)`` before every durable operation; tests set it to raise or to exit.
+fault_hook: Callable[[str, Path], None] | None = None
+
+
+def _operation(name: str, path: Path) -> None:
+    if fault_hook is not None:
+        fault_hook(name, path)
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns the operating system's (and safetensors') complaints about a write into one sentence with a remedy.
+
+    Raises:
+        ResourceError: disk full, file size limit, no permission, vanished folder, input/output error.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ResourceError(_describe_disk_error(error, path)) from error
+
+
+def _describe_disk_error(error: Exception, path: Path) -> str:
+    # safetensors reports system errors as text only: "... (os error 28)".
+    text = str(error)
+    code = error.errno if isinstance(error, OSError) else None
+    for candidate in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO, errno.ENOENT):
+        if f"(os error {candidate})" in text:
+            code = candidate
+    what = f"cannot write {path.name} in {path.parent}"
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(path.parent).free
+            return f"disk full: {what} ({free / 2**20:,.0f} MiB free); free space and run the same command again"
+        return f"disk full: {what}; free space and run the same command again"
+    if code == errno.EFBIG:
+        return f"file size limit reached: {what}; raise the limit (ulimit -f) and run the same command again"
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission: {what}; choose a writable folder with --workspace"
+    if code in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST):
+        return f"the folder is missing or not a folder: {what}; check --workspace"
+    return f"{what}: {text.splitlines()[0] if text else type(error).__name__}; check the disk and run the same command again"
+
+
+def make_folder(folder: Path) -> None:
+    """Creates `folder` and its parents.
+
+    Raises:
+        ResourceError: the folder cannot be created or written to.
+    """
+    with disk_errors(folder / "."):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Puts a file under its final name, whole or not at all.
+
+    Args:
+        path: the final name; its folder exists.
+        write: writes the content to the temporary path that it is given.
+    """
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with disk_errors(path):
+            _operation("write", temporary)
+            write(temporary)
+            _operation("fsync", temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            _operation("rename", path)
+            temporary.replace(path)
+            _operation("fsync-folder", path.parent)
+            _fsync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 text file, whole or not at all."""
+    write_file(path, lambda temporary: _write_bytes(temporary, text.encode("utf-8")))
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def to_json(value: Any, *, indent: int | None = 2) -> str:
+    """JSON text; NaN and Infinity are refused, since no artifact may hold them (undefined is null)."""
+    return json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON, whole or not at all. For an artifact's own JSON this is the completion mark."""
+    write_text(path, to_json(value) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes a safetensors file, whole or not at all."""
+    contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    write_file(path, lambda temporary: save_file(contiguous, temporary))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Appends one line to a log of durable events and flushes it to the disk."""
+    with disk_errors(path):
+        _operation("append", path)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes temporary files and folders that a killed run left behind."""
+    for leftover in (*folder.glob(".*.tmp"), *folder.glob("*.tmp-*")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def tensor_sha256(tensor: torch.Tensor) -> str:
+    """Hex SHA-256 of a CPU tensor's bytes in row-major order (what a safetensors file holds for it)."""
+    raw = tensor.contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+    return hashlib.sha256(memoryview(raw.numpy())).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """Parses an artifact's JSON.
+
+    Raises:
+        ArtifactError: not valid JSON, duplicate keys, or NaN/Infinity in it.
+    """
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in seen:
+                raise ValueError(f"key {key!r} appears twice")
+            seen[key] = value
+        return seen
+
+    def no_constants(text: str) -> None:
+        raise ValueError(f"{text} is not allowed")
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ResourceError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from error
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{path} is not UTF-8 text; the file is damaged, make the artifact again") from error
+    try:
+        return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constants)
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(f"{path} is not valid JSON ({reason}); the file is damaged, make the artifact again") from error

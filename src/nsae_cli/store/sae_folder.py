@@ -1,0 +1,107 @@
+"""A saved SAE: `cfg.json` and `sae_weights.safetensors` in SAELens' layout, and `run.json`, the completion mark."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from nsae_cli.errors import ArtifactError
+from nsae_cli.kernels.types import Weights
+from nsae_cli.sae.autoencoder import SparseAutoencoder
+from nsae_cli.store import commit
+
+CONFIG = "cfg.json"
+WEIGHTS = "sae_weights.safetensors"
+RUN = "run.json"
+FORMAT_VERSION = 1
+
+#: cfg.json's architecture per activation. SAELens reads `standard` as relu; a tanh-relu SAE must never be opened so,
+#: hence a name of its own, which SAELens refuses unless it has been registered.
+ARCHITECTURES = {"relu": "standard", "tanh-relu": "nsae_tanh_relu"}
+_ACTS = {architecture: act for act, architecture in ARCHITECTURES.items()}
+
+#: The oldest SAELens format that this layout follows.
+_SAE_LENS_FORMAT = "6.0.0"
+
+
+@dataclass(frozen=True)
+class SavedSae:
+    """An SAE read from disk: the autoencoder in raw units, its run.json and where it was."""
+
+    sae: SparseAutoencoder
+    run: dict[str, Any]
+    path: Path
+
+    @property
+    def hook(self) -> str:
+        """The hook that it was trained on."""
+        return str(self.run["hook"])
+
+
+def write_sae(folder: Path, sae: SparseAutoencoder, metadata: dict[str, Any]) -> None:
+    """Writes weights (float32, input scale folded in) and cfg.json. `run.json` follows by `write_run`."""
+    commit.write_tensors(folder / WEIGHTS, {name: tensor.float() for name, tensor in sae.weights.named().items()})
+    commit.write_json(
+        folder / CONFIG,
+        {
+            "architecture": ARCHITECTURES[sae.act],
+            "d_in": sae.d_in,
+            "d_sae": sae.d_sae,
+            "dtype": "float32",
+            "device": "cpu",
+            "apply_b_dec_to_input": False,
+            "normalize_activations": "none",
+            "reshape_activations": "none",
+            "metadata": {"sae_lens_version": _SAE_LENS_FORMAT, **metadata},
+        },
+    )
+
+
+def write_run(folder: Path, run: dict[str, Any]) -> None:
+    """Writes run.json, which marks the SAE as complete."""
+    commit.write_json(folder / RUN, run)
+
+
+def load_sae(path: Path | str) -> SavedSae:
+    """Opens an SAE that `nsae train` has finished.
+
+    Raises:
+        ArtifactError: unfinished, damaged, of another version, a pickle, or an architecture that nsae cannot compute.
+    """
+    folder = Path(path)
+    if folder.is_file():
+        raise ArtifactError(f"{folder} is a file; nsae reads safetensors only, from a folder with {CONFIG} and {RUN}")
+    if not (folder / RUN).is_file():
+        raise ArtifactError(f"{folder} holds no {RUN}: training is not finished; run the same `nsae train` again")
+    run, config = commit.read_json(folder / RUN), commit.read_json(folder / CONFIG)
+    if not isinstance(run, dict) or run.get("format_version") != FORMAT_VERSION:
+        raise ArtifactError(f"{folder / RUN} is not of format {FORMAT_VERSION}; it was written by another nsae")
+    act = _ACTS.get(config.get("architecture") if isinstance(config, dict) else None)
+    if act is None:
+        raise ArtifactError(f"{folder / CONFIG}: unknown architecture; nsae knows {', '.join(_ACTS)}")
+    return SavedSae(SparseAutoencoder(act, _read_weights(folder, config, run)), run, folder)
+
+
+def _read_weights(folder: Path, config: dict[str, Any], run: dict[str, Any]) -> Weights:
+    path = folder / WEIGHTS
+    try:
+        tensors = load_file(path, backend="pread")
+    except (SafetensorError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(f"{path} cannot be read ({reason}); the SAE is damaged, train it again") from error
+    d_in, d_sae = config.get("d_in"), config.get("d_sae")
+    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    hashes = run.get("weights_sha256") or {}
+    for name, shape in shapes.items():
+        tensor = tensors.get(name)
+        if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+            found = "missing" if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
+            raise ArtifactError(f"{path}: {name} is {found}, cfg.json says {list(shape)} float32; train the SAE again")
+        if name in hashes and commit.tensor_sha256(tensor) != hashes[name]:
+            raise ArtifactError(f"{path}: the content of {name} is not what was written (SHA-256 differs); train again")
+    return Weights(**{name: tensors[name] for name in shapes})

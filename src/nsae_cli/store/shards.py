@@ -1,0 +1,351 @@
+"""Writing an activation store shard by shard, and reading one back with its content checked."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from nsae_cli.errors import ArtifactError, UsageError
+from nsae_cli.store import commit
+from nsae_cli.store.manifest import FORMAT_VERSION, MANIFEST, Manifest, ShardEntry, read_manifest
+
+PROGRESS = "progress.jsonl"
+VERIFIED = "verified.json"
+#: Norms, positions and tokens of this many bytes are kept in memory: passes over a store read them again and again.
+_CACHE_BYTES = 256 * 2**20
+
+
+def shard_name(index: int) -> str:
+    """File name of a store's shard."""
+    return f"shard-{index:05d}.safetensors"
+
+
+@dataclass
+class StoreWriter:
+    """Appends shards to a store's folder; a background thread hashes and writes while the model runs on.
+
+    A shard is durable once its line is in ``progress.jsonl``; the first line there is the resolved configuration.
+    `finish` writes the manifest, the completion mark. At most one shard waits while another is being written, so that
+    host memory does not grow with the number of tokens.
+
+    Args:
+        folder: the store's folder; created.
+        config: the resolved, result-changing options of the run.
+
+    Raises:
+        UsageError: the folder holds an unfinished store with another configuration.
+        ResourceError: the folder cannot be written.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    entries: list[ShardEntry] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        commit.make_folder(self.folder)
+        commit.remove_leftovers(self.folder)
+        progress = self.folder / PROGRESS
+        if progress.exists():
+            self.entries = _recover_progress(progress, self.config)
+        else:
+            commit.write_text(progress, json.dumps({"config": self.config}, sort_keys=True) + "\n")
+        self._queue: queue.Queue[tuple[int, dict[str, torch.Tensor], int] | None] = queue.Queue(maxsize=1)
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="nsae-store-writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def durable_shards(self) -> int:
+        """How many shards an earlier run of the same command left complete."""
+        return len(self.entries)
+
+    def write(self, index: int, tensors: dict[str, torch.Tensor], nonfinite_rows: int) -> None:
+        """Queues a shard. `tensors` must not be changed afterwards. Raises what the background thread met."""
+        self._raise_failure()
+        self._queue.put((index, tensors, nonfinite_rows))
+
+    def wait(self) -> None:
+        """Waits until everything queued is durable."""
+        self._queue.put(None)
+        self._thread.join()
+        self._raise_failure()
+
+    def finish(self, description: dict[str, Any]) -> Manifest:
+        """Writes the manifest from `description` (its keys without rows and shards) and ends the store."""
+        self.wait()
+        entries = sorted(self.entries, key=lambda entry: entry.file)
+        manifest = Manifest.model_validate(
+            {
+                "format_version": FORMAT_VERSION,
+                **description,
+                "rows": sum(entry.rows for entry in entries),
+                "shards": [entry.model_dump() for entry in entries],
+            }
+        )
+        commit.write_json(self.folder / MANIFEST, manifest.model_dump())
+        (self.folder / PROGRESS).unlink(missing_ok=True)
+        return manifest
+
+    def abandon(self) -> None:
+        """Stops the background thread after the shard in hand; what is durable stays for the next run."""
+        with contextlib.suppress(queue.Full):
+            self._queue.put(None, timeout=60)
+        self._thread.join(timeout=60)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            if self._failure is not None:
+                continue  # drain, so that the producer never blocks on a dead writer
+            try:
+                self._commit_shard(*item)
+            except BaseException as failure:
+                self._failure = failure
+
+    def _commit_shard(self, index: int, tensors: dict[str, torch.Tensor], nonfinite_rows: int) -> None:
+        path = self.folder / shard_name(index)
+        commit.write_tensors(path, tensors)
+        entry = ShardEntry(
+            file=path.name,
+            rows=next(iter(tensors.values())).shape[0],
+            bytes=path.stat().st_size,
+            tensors={name: commit.tensor_sha256(tensor) for name, tensor in sorted(tensors.items())},
+            nonfinite_rows=nonfinite_rows,
+        )
+        commit.append_line(self.folder / PROGRESS, entry.model_dump_json())
+        self.entries.append(entry)
+
+
+def _recover_progress(progress: Path, config: dict[str, Any]) -> list[ShardEntry]:
+    """The durable shards of an interrupted run; a torn last line, or a shard that is gone, is written again."""
+    lines = progress.read_text(encoding="utf-8", errors="replace").splitlines()
+    try:
+        earlier = json.loads(lines[0])["config"]
+    except (IndexError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{progress} is damaged; delete the folder {progress.parent.name} and run again") from error
+    if earlier != config:
+        changed = describe_changes(earlier, config)
+        raise UsageError(
+            f"{progress.parent.name} was begun with other options ({changed}); give the same, or another --name"
+        )
+    entries: list[ShardEntry] = []
+    for line in lines[1:]:
+        try:
+            entry = ShardEntry.model_validate_json(line)
+        except ValueError:
+            break
+        path = progress.parent / entry.file
+        if entry.file != shard_name(len(entries)) or not path.is_file() or path.stat().st_size != entry.bytes:
+            break
+        entries.append(entry)
+    if len(entries) != len(lines) - 1:
+        kept = [lines[0], *(entry.model_dump_json() for entry in entries)]
+        commit.write_text(progress, "\n".join(kept) + "\n")
+    return entries
+
+
+def describe_changes(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """``--batch-size 8 -> 16, …``: every option in which two configurations differ."""
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return ", ".join(f"--{key.replace('_', '-')} {_show(old.get(key))} -> {_show(new.get(key))}" for key in keys)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(_show(item) for item in value)
+    return "none" if value is None else str(value)
+
+
+class ActivationStore:
+    """A complete activation store, opened for reading.
+
+    Attributes:
+        path: the folder.
+        manifest: its validated manifest.
+        manifest_sha256: SHA-256 of the manifest file; identifies the content.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest, self.manifest_sha256 = read_manifest(path)
+        self._verified = _VerifiedTensors(path / VERIFIED)
+        self._computed_norms: dict[tuple[int, str], torch.Tensor] = {}
+        self._row_tensors: dict[tuple[int, str], torch.Tensor] = {}
+        self._cache_left = _CACHE_BYTES
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether rows carry their position in the context (without it sink rule 1 and contexts are off)."""
+        return self._has("positions")
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether rows carry their token id."""
+        return self._has("tokens")
+
+    def _has(self, tensor: str) -> bool:
+        # A foreign manifest may list no tensors: then the first shard itself is asked.
+        if not self.manifest.shards:
+            return False
+        first = self.manifest.shards[0]
+        if first.tensors is not None:
+            return tensor in first.tensors
+        return tensor in self._names(0)
+
+    def _names(self, shard: int) -> set[str]:
+        with self._open(shard) as file:
+            return set(file.keys())
+
+    @contextlib.contextmanager
+    def _open(self, shard: int) -> Any:
+        entry = self.manifest.shards[shard]
+        path = self.path / entry.file
+        redo = f"the shard is damaged; delete the folder {self.name} and run `nsae collect` again"
+        if not path.is_file() or path.is_symlink():
+            raise ArtifactError(f"{path}: the file is missing; {redo}")
+        size = path.stat().st_size
+        if entry.bytes is not None and size != entry.bytes:
+            raise ArtifactError(f"{path}: {size:,} bytes, expected {entry.bytes:,}; {redo}")
+        try:
+            # pread, not mmap: a file that shrinks under a memory map kills the process without a word.
+            with safe_open(path, framework="pt", backend="pread") as file:
+                yield file
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(f"{path}: not a readable safetensors file ({str(error).splitlines()[0]}); {redo}") from error
+
+    def read(self, shard: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Reads tensors of one shard, their hashes checked the first time that this version of the file is read.
+
+        Args:
+            shard: index into `manifest.shards`.
+            names: hook names, ``tokens``, ``positions``, ``documents`` or ``norms``.
+
+        Raises:
+            ArtifactError: missing tensor, wrong shape or dtype, wrong hash, unreadable file.
+        """
+        entry = self.manifest.shards[shard]
+        with self._open(shard) as file:
+            present = set(file.keys())
+            missing = [name for name in names if name not in present]
+            if missing:
+                raise ArtifactError(f"{self.path / entry.file}: no tensor {missing[0]!r}; it holds {sorted(present)}")
+            tensors = {name: file.get_tensor(name) for name in names}
+        for name, tensor in tensors.items():
+            self._check(entry, name, tensor)
+        return tensors
+
+    def _check(self, entry: ShardEntry, name: str, tensor: torch.Tensor) -> None:
+        shape: tuple[int, ...]
+        if name in self.manifest.hooks:
+            shape, dtypes = (entry.rows, self.manifest.d_in), (self.manifest.torch_dtype,)
+        elif name == "norms":
+            shape, dtypes = (entry.rows, len(self.manifest.norm_hooks or [])), (torch.float32,)
+        else:
+            shape, dtypes = (entry.rows,), (torch.int32, torch.int64, torch.int16)
+        if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+            raise ArtifactError(
+                f"{self.path / entry.file}: {name} is {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}, "
+                f"the manifest says {list(shape)} {str(dtypes[0]).removeprefix('torch.')}"
+            )
+        if entry.tensors is None or name not in entry.tensors:
+            return
+        if not self._verified.knows(self.path / entry.file, name):
+            if commit.tensor_sha256(tensor) != entry.tensors[name]:
+                raise ArtifactError(
+                    f"{self.path / entry.file}: the content of {name} is not what was written (SHA-256 differs); "
+                    f"the shard is damaged, delete the folder {self.name} and run `nsae collect` again"
+                )
+            self._verified.remember(self.path / entry.file, name)
+
+    def norms(self, shard: int, hook: str) -> torch.Tensor:
+        """‖x‖₂ of the raw rows at `hook`, float32 [rows]: the stored ones, or computed where a store has none."""
+        if self.has_stored_norms(hook):
+            norm_hooks = self.manifest.norm_hooks or []
+            return self._read_row_tensor(shard, "norms")[:, norm_hooks.index(hook)].contiguous()
+        # Only foreign stores come here; 4 bytes a row are kept so that their vectors are read once, not once a pass.
+        if (shard, hook) not in self._computed_norms:
+            vectors = self.read(shard, [hook])[hook].float()
+            self._computed_norms[shard, hook] = torch.linalg.vector_norm(vectors, dim=1)
+        return self._computed_norms[shard, hook]
+
+    def has_stored_norms(self, hook: str) -> bool:
+        """Whether the norms at `hook` were written when the activations were collected."""
+        return hook in (self.manifest.norm_hooks or []) and self._has("norms")
+
+    def positions(self, shard: int) -> torch.Tensor | None:
+        """Position of each row in the context fed to the model, int64 [rows]; None where the store has none."""
+        return self._read_row_tensor(shard, "positions").long() if self.has_positions else None
+
+    def tokens(self, shard: int) -> torch.Tensor | None:
+        """Token id of each row, int64 [rows]; None where the store has none."""
+        return self._read_row_tensor(shard, "tokens").long() if self.has_tokens else None
+
+    def _read_row_tensor(self, shard: int, name: str) -> torch.Tensor:
+        key = (shard, name)
+        if key not in self._row_tensors:
+            tensor = self.read(shard, [name])[name]
+            if tensor.nbytes > self._cache_left:
+                return tensor
+            self._cache_left -= tensor.nbytes
+            self._row_tensors[key] = tensor
+        return self._row_tensors[key]
+
+
+class _VerifiedTensors:
+    """Remembers which tensors of which file version were found intact, in a file beside the manifest.
+
+    Losing it costs one more hash; a folder that cannot be written is therefore no error.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[str, list[Any]] = {}
+        with contextlib.suppress(OSError, ValueError):
+            loaded = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(loaded, dict):
+                self._known = loaded
+
+    @staticmethod
+    def _version(path: Path) -> list[int]:
+        status = path.stat()
+        return [status.st_size, status.st_mtime_ns, status.st_ino]
+
+    def knows(self, path: Path, tensor: str) -> bool:
+        entry = self._known.get(path.name)
+        return isinstance(entry, list) and entry[:3] == self._version(path) and tensor in entry[3:]
+
+    def remember(self, path: Path, tensor: str) -> None:
+        version = self._version(path)
+        entry = self._known.get(path.name)
+        names = set(entry[3:]) if isinstance(entry, list) and entry[:3] == version else set()
+        self._known[path.name] = [*version, *sorted(names | {tensor})]
+        with contextlib.suppress(OSError):
+            temporary = self._path.with_name(f".{self._path.name}.tmp")
+            temporary.write_text(json.dumps(self._known), encoding="utf-8")
+            temporary.replace(self._path)
+
+
+def open_activations(path: Path | str) -> ActivationStore:
+    """Opens a complete activation store, written by nsae or by anything that follows docs/formats.md.
+
+    Raises:
+        ArtifactError: the store is missing, unfinished or damaged.
+    """
+    return ActivationStore(Path(path))

@@ -1,0 +1,140 @@
+"""The workspace: one folder that holds every artifact under its kind and name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from nsae_cli.errors import ArtifactError, UsageError
+
+DEFAULT_WORKSPACE = "nsae-runs"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,119}")
+
+
+class Kind(Enum):
+    """A kind of artifact: its folder in the workspace, its completion mark and the command that makes it."""
+
+    ACTIVATIONS = ("activations", "manifest.json", "collect")
+    NORMS = ("norms", "norms.json", "norms")
+    SAE = ("saes", "run.json", "train")
+    TOP_NORMS = ("top-norms", "top_norms.json", "analyze-top-norms")
+
+    def __init__(self, folder: str, mark: str, command: str) -> None:
+        self.folder = folder
+        self.mark = mark
+        self.command = command
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A complete artifact: its kind, its name in the workspace (or its path) and its folder."""
+
+    kind: Kind
+    name: str
+    path: Path
+
+    def finished_at(self) -> float:
+        """When the completion mark was written (seconds since the epoch)."""
+        return (self.path / self.kind.mark).stat().st_mtime
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Finds and names artifacts below `root`."""
+
+    root: Path
+
+    @classmethod
+    def at(cls, option: Path | None) -> Workspace:
+        """The workspace of ``--workspace``, else of ``NSAE_WORKSPACE``, else ``./nsae-runs``."""
+        return cls(option or Path(os.environ.get("NSAE_WORKSPACE") or DEFAULT_WORKSPACE))
+
+    def folder(self, kind: Kind, name: str) -> Path:
+        """Where the artifact `name` of `kind` lives, whether it exists or not."""
+        return self.root / kind.folder / name
+
+    def complete(self, kind: Kind) -> Iterator[Artifact]:
+        """All complete artifacts of a kind, newest first. An SAE group yields its cells as NAME/CELL."""
+        found = []
+        for mark in (*self.root.glob(f"{kind.folder}/*/{kind.mark}"), *self.root.glob(f"{kind.folder}/*/*/{kind.mark}")):
+            found.append(Artifact(kind, mark.parent.relative_to(self.root / kind.folder).as_posix(), mark.parent))
+        yield from sorted(found, key=lambda artifact: (-artifact.finished_at(), artifact.name))
+
+    def unfinished(self, kind: Kind) -> Iterator[Path]:
+        """Folders of a kind that hold no complete artifact."""
+        done = {artifact.path for artifact in self.complete(kind)}
+        for folder in sorted((self.root / kind.folder).glob("*/")):
+            if folder not in done and not any(folder in path.parents for path in done):
+                yield folder
+
+    def newest(self, kind: Kind) -> Artifact:
+        """The complete artifact whose completion mark is the newest.
+
+        Raises:
+            UsageError: there is none.
+        """
+        for artifact in self.complete(kind):
+            return artifact
+        raise UsageError(f"no complete {kind.folder} in {self.root}; run `nsae {kind.command}` first, or name one")
+
+    def find(self, kind: Kind, reference: str) -> list[Artifact]:
+        """What a name in the workspace, else a path, stands for: one artifact, or all cells of an SAE group.
+
+        Raises:
+            UsageError: there is nothing of that name.
+            ArtifactError: it exists but is not complete.
+        """
+        for folder in (self.folder(kind, reference), Path(reference)):
+            if not folder.is_dir():
+                continue
+            if (folder / kind.mark).is_file():
+                return [Artifact(kind, self._name_of(kind, folder), folder)]
+            if kind is Kind.SAE:
+                cells = sorted(mark.parent for mark in folder.glob(f"*/{kind.mark}"))
+                if cells:
+                    return [Artifact(kind, self._name_of(kind, cell), cell) for cell in cells]
+            if kind is Kind.ACTIVATIONS:
+                return [Artifact(kind, self._name_of(kind, folder), folder)]  # opening it says what is wrong
+            raise ArtifactError(
+                f"{folder} holds no {kind.mark}: it is not finished or not from `nsae {kind.command}`; "
+                f"run the same command again"
+            )
+        known = ", ".join(artifact.name for artifact in self.complete(kind)) or "none"
+        raise UsageError(f"no {kind.folder} named {reference!r} in {self.root} and no such path; there are: {known}")
+
+    def _name_of(self, kind: Kind, folder: Path) -> str:
+        base = (self.root / kind.folder).resolve()
+        resolved = folder.resolve()
+        return resolved.relative_to(base).as_posix() if base in resolved.parents else folder.name
+
+
+def check_name(name: str) -> str:
+    """A name that can be given with ``--name``: letters, digits, ``.``, ``_`` and ``-``.
+
+    Raises:
+        UsageError: anything else, path separators and newlines included.
+    """
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"--name {name[:60]!r} is not a name; use letters, digits, '.', '_' and '-', at most 120")
+    return name
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """Six hex digits that identify a resolved configuration."""
+    text = json.dumps(config, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:6]
+
+
+def log_timing(folder: Path, event: str, **values: Any) -> None:
+    """Appends to the artifact's timings.jsonl, the one file that may hold times, rates and hosts."""
+    line = json.dumps({"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **values}, ensure_ascii=False)
+    with (folder / "timings.jsonl").open("a", encoding="utf-8") as file:
+        file.write(line + "\n")

@@ -1,0 +1,1 @@
+"""Training SAEs on an activation store: options → `train()` → `train_step()`."""

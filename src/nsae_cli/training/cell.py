@@ -1,0 +1,170 @@
+"""One SAE in training: its weights, its optimizer, and one step of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nsae_cli.errors import NumericalError
+from nsae_cli.kernels.decoder import bound_rows_, normalise_rows_, remove_parallel_component_
+from nsae_cli.kernels.select import Choice
+from nsae_cli.kernels.types import StepResult, Weights
+from nsae_cli.metrics.deadness import FiredWindow
+from nsae_cli.sae.autoencoder import SparseAutoencoder, fold_input_scale
+from nsae_cli.sae.objective import L1_POWER, L2_POWER, Objective, beta_from_alpha, penalty_degree
+from nsae_cli.store.batches import HookRows, stable_seed
+from nsae_cli.store.profile import HookProfile
+from nsae_cli.training.options import CellConfig
+from nsae_cli.training.schedule import learning_rate, ramp
+
+ADAM_BETAS = (0.9, 0.999)
+
+
+def resolve_input_scale(config: CellConfig, d_in: int, norm_scale: float) -> float:
+    """s of x' = s·x: √d_in / ñ for ``auto``, so that a typical scaled row has norm √d_in."""
+    return float(d_in**0.5 / norm_scale) if config.input_scale == "auto" else config.input_scale
+
+
+def make_objective(config: CellConfig, profile: HookProfile, d_in: int) -> Objective:
+    """The cell's loss, with β and s resolved from the hook's norms."""
+    p, q = L2_POWER[config.l2_norm], L1_POWER[config.l1_norm]
+    powers = profile.mean_power if config.sinks == "keep" else profile.mean_power_ns
+    beta = beta_from_alpha(
+        config.alpha,
+        config.alpha_scale,
+        (p, q, penalty_degree(config.act, config.sparsity)),
+        profile.norm_scale,
+        powers[2 - p],
+    )
+    scale = resolve_input_scale(config, d_in, profile.norm_scale)
+    return Objective(config.act, p, q, config.sparsity, beta, scale)
+
+
+@dataclass(frozen=True)
+class StepLog:
+    """A step's kernel result with what is needed to put it into raw units."""
+
+    result: StepResult
+    x: torch.Tensor
+    error_weight: torch.Tensor
+    sparsity_weight: torch.Tensor
+    alpha: float
+    lr: float
+
+
+class Cell:
+    """The state of one SAE in training, in scaled units (x' = s·x).
+
+    Args:
+        config: what to train.
+        objective: its loss, from `make_objective`.
+        weights: initial weights in scaled units, on the training device; updated in place.
+        kernel: the chosen training step.
+    """
+
+    def __init__(self, config: CellConfig, objective: Objective, weights: Weights, kernel: Choice) -> None:
+        self.config = config
+        self.objective = objective
+        self.weights = weights
+        self.gradients = weights.zeros_like()
+        self.kernel = kernel
+        self.zero_rows = 0
+        self.window = FiredWindow(config.d_sae, config.dead_window, device=weights.b_enc.device)
+        parameters = list(weights.tensors())
+        for parameter, gradient in zip(parameters, self.gradients.tensors(), strict=True):
+            parameter.grad = gradient
+        fused = parameters[0].device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.Adam(parameters, lr=config.lr, betas=ADAM_BETAS, fused=fused)
+
+    def train_step(self, rows: HookRows, step: int) -> StepLog:
+        """One optimizer step on a batch.
+
+        Args:
+            rows: the batch, on the training device.
+            step: 0-based number of this step.
+
+        Raises:
+            NumericalError: loss or gradient is not finite; the weights are still those before the step.
+        """
+        config, objective = self.config, self.objective
+        ramped = ramp(step, config.steps, config.alpha_warm_up)
+        x = rows.x.float().mul_(objective.input_scale)
+        per_row_error, per_row_sparsity = objective.row_weights(rows.norm, rows.zero)
+        error_weight = per_row_error / len(rows.norm)
+        sparsity_weight = per_row_sparsity * (objective.beta_scaled * ramped / len(rows.norm))
+        result = self.kernel.step(
+            x,
+            self.weights,
+            self.gradients,
+            activation=objective.nonlinearity,
+            penalty=objective.penalty,
+            error_weight=error_weight,
+            sparsity_weight=sparsity_weight,
+            noise=self._noise(len(rows.norm), step),
+        )
+        if config.decoder == "unit":
+            remove_parallel_component_(self.gradients.W_dec, self.weights.W_dec)
+        self._refuse_non_finite(result, step)
+        if config.clip is not None:
+            torch.nn.utils.clip_grad_norm_(list(self.weights.tensors()), config.clip)
+        lr = learning_rate(step, config.steps, config.lr, config.lr_warm_up, config.lr_decay)
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+        if config.decoder == "unit":
+            normalise_rows_(self.weights.W_dec)
+        elif config.decoder == "bounded":
+            bound_rows_(self.weights.W_dec)
+        self.window.update(result.fired, len(rows.norm))
+        self.zero_rows += int(rows.zero.sum())
+        return StepLog(result, x, error_weight, sparsity_weight, config.alpha * ramped, lr)
+
+    def _noise(self, rows: int, step: int) -> torch.Tensor | None:
+        """Gaussian noise on pre-activations; a function of (seed, step), so that resuming needs no random state."""
+        if self.config.noise == 0:
+            return None
+        device = self.weights.b_enc.device
+        generator = torch.Generator(device=device).manual_seed(stable_seed("noise", self.config.seed, step))
+        return torch.randn(rows, self.config.d_sae, generator=generator, device=device).mul_(self.config.noise)
+
+    def _refuse_non_finite(self, result: StepResult, step: int) -> None:
+        # b_dec's gradient sums every row's error, W_enc's every row's delta: a NaN or infinity anywhere reaches one.
+        total = result.sq_error.sum() + self.gradients.b_dec.sum() + self.gradients.b_enc.sum()
+        if not bool(torch.isfinite(total)):
+            raise NumericalError(
+                f"loss or gradient is not finite at step {step + 1} of {self.config.hook} ({self.config.act}, "
+                f"{self.config.l2_norm}); the last checkpoint is kept, try a lower --lr or --clip 1"
+            )
+
+    def saved_sae(self) -> SparseAutoencoder:
+        """The SAE as it is saved: in raw units, float32, on the CPU."""
+        folded = fold_input_scale(self.objective.act, self.weights, self.objective.input_scale)
+        return SparseAutoencoder(self.objective.act, folded).to("cpu")
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything that a later step depends on beside the configuration, by name."""
+        state = dict(self.weights.named())
+        for name, tensor in self.weights.named().items():
+            moments: dict[str, Any] = self.optimizer.state.get(tensor, {})
+            for key in ("exp_avg", "exp_avg_sq", "step"):
+                if key in moments:
+                    state[f"adam/{key}/{name}"] = moments[key]
+        state |= {f"window/{key}": value for key, value in self.window.state().items()}
+        state["zero_rows"] = torch.tensor(self.zero_rows)
+        return {name: tensor.detach().clone().cpu() for name, tensor in state.items()}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Goes on from `state()`. A missing entry is a KeyError: nothing is ever re-estimated."""
+        for name, tensor in self.weights.named().items():
+            tensor.copy_(state[name])
+            self.optimizer.state[tensor] = {
+                key: self._moment(key, state[f"adam/{key}/{name}"], tensor) for key in ("exp_avg", "exp_avg_sq", "step")
+            }
+        self.window.load_state({key: state[f"window/{key}"] for key in self.window.state()})
+        self.zero_rows = int(state["zero_rows"])
+
+    @staticmethod
+    def _moment(key: str, value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+        # Fused Adam keeps its step counter as a float32 tensor beside the parameter.
+        return value.to(device=parameter.device, dtype=torch.float32 if key == "step" else parameter.dtype).clone()

@@ -1,0 +1,194 @@
+"""The options of `nsae train`, and the SAEs ("cells") that they stand for."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+from nsae_cli.errors import UsageError
+from nsae_cli.sae.objective import DEFAULT_ALPHA, DEFAULT_DECODER, refused_combination
+from nsae_cli.values import Fraction, Size, split_list
+
+Act = Literal["relu", "tanh-relu"]
+L2Norm = Literal["none", "norm", "sq"]
+L1Norm = Literal["none", "norm"]
+Decoder = Literal["unit", "free", "bounded"]
+Sparsity = Literal["l1", "l1-decoder-norm", "tanh"]
+AlphaScale = Literal["layer-norm", "none", "note"]
+Sinks = Literal["keep", "drop"]
+
+_Split = BeforeValidator(split_list)
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+DEFAULT_MIN_STEPS = 2000
+LR_DECAY = 0.2
+
+
+def parse_interval(value: Any) -> Any:
+    """``5m``, ``30s``, ``1h`` → "300s"; a number → steps, as an int."""
+    text = str(value).strip()
+    unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:].lower())
+    try:
+        if unit is not None:
+            seconds = float(text[:-1]) * unit
+            if seconds <= 0:
+                raise ValueError
+            return f"{seconds:g}s"
+        if int(text) < 1:
+            raise ValueError
+        return int(text)
+    except ValueError:
+        raise ValueError("expected a time such as 5m or 90s, or a number of steps") from None
+
+
+class TrainOptions(BaseModel):
+    """Options as given. Those that are lists here span a grid; None stands for a default that depends on others."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    act: Annotated[list[Act], _Split] = Field(["relu"], description="activation")
+    l2_norm: Annotated[list[L2Norm], _Split] = Field(["none"], description="divide the squared error by 1, ‖x‖ or ‖x‖²")
+    l1_norm: Annotated[list[L1Norm], _Split] = Field(["none"], description="divide the sparsity penalty by 1 or ‖x‖")
+    decoder: Annotated[list[Decoder], _Split] | None = Field(None, description="what W_dec's rows may do")
+    sparsity: Annotated[list[Sparsity], _Split] = Field(["l1"], description="sparsity penalty")
+    alpha: Annotated[list[NonNegative], _Split] | None = Field(None, description="sparsity coefficient α")
+    alpha_scale: Annotated[list[AlphaScale], _Split] = Field(["layer-norm"], description="how β follows from α")
+    alpha_warm_up: Fraction = Field(0.2, ge=0, le=1, description="share of the steps over which α rises to its value")
+    noise: Annotated[list[NonNegative], _Split] = Field([0.0], description="σ of training noise on pre-activations")
+    expansion_factor: Annotated[list[Positive], _Split] | None = Field(None, description="d_sae / d_in")
+    d_sae: Annotated[list[Size], _Split] | None = Field(None, description="number of features")
+    layers: str | int | list[int | str] | None = Field(None, description="which stored layers")
+    tokens: Size | None = Field(None, gt=0, description="rows that each SAE sees, repeats counted")
+    batch_size: Size = Field(2048, gt=0, description="rows per step")
+    lr: Annotated[list[Positive], _Split] | None = Field(None, description="Adam's learning rate")
+    lr_warm_up: Fraction = Field(0.05, ge=0, le=1, description="share of the steps over which lr rises")
+    clip: Positive | None = Field(None, description="largest gradient norm, in scaled units")
+    input_scale: Literal["auto"] | Positive = Field("auto", description="s of x' = s·x")
+    sinks: Annotated[list[Sinks], _Split] = Field(["keep"], description="train on sink rows or not")
+    dead_window: Size = Field(262_144, gt=0, description="tokens after which a silent feature counts as dead")
+    buffer: Size = Field(524_288, gt=0, description="rows that are mixed in memory")
+    seed: Annotated[list[Size], _Split] = Field([0], description="of data order, initialisation and noise")
+    device: str = "auto"
+    deterministic: bool = False
+    checkpoint_every: Annotated[str | int, BeforeValidator(parse_interval)] = "300s"
+
+    @field_validator("clip", mode="before")
+    @classmethod
+    def _clip_off(cls, value: Any) -> Any:
+        return None if value in ("off", "none") else value
+
+
+class CellConfig(BaseModel):
+    """Everything that determines one SAE's training on a given store; `config` of its run.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    hook: str
+    act: Act
+    l2_norm: L2Norm
+    l1_norm: L1Norm
+    decoder: Decoder
+    sparsity: Sparsity
+    alpha: float
+    alpha_scale: AlphaScale
+    alpha_warm_up: float
+    noise: float
+    d_sae: int
+    tokens: int
+    batch_size: int
+    lr: float
+    lr_warm_up: float
+    lr_decay: float
+    clip: float | None
+    input_scale: float | Literal["auto"]
+    sinks: Sinks
+    dead_window: int
+    buffer: int
+    seed: int
+    deterministic: bool
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps: floor(tokens / batch)."""
+        return self.tokens // self.batch_size
+
+
+def default_lr(d_sae: int) -> float:
+    """2e-4·√(16384 / d_sae)."""
+    return float(2e-4 * (16384 / d_sae) ** 0.5)
+
+
+def expand_cells(options: TrainOptions, hooks: list[str], d_in: int, epoch_rows: int) -> dict[str, CellConfig]:
+    """The grid: one configuration per cell, by name (``L6``, ``L6-tanh-relu-sq-seed1``, …).
+
+    Args:
+        options: as given.
+        hooks: the hooks to train on, in order.
+        d_in: width of the activations.
+        epoch_rows: training rows of the store, for the default of `tokens`.
+
+    Raises:
+        UsageError: a refused combination, tokens for less than one step, or both ways to give the width.
+    """
+    if options.d_sae is not None and options.expansion_factor is not None:
+        raise UsageError("--d-sae and --expansion-factor both set the number of features; give one of them")
+    widths = options.d_sae or [round(factor * d_in) for factor in options.expansion_factor or [8.0]]
+    tokens = options.tokens or max(epoch_rows, DEFAULT_MIN_STEPS * options.batch_size)
+    problems: list[str] = []
+    if tokens < options.batch_size:
+        problems.append(f"--tokens {tokens:,} is less than one batch of {options.batch_size:,} rows")
+    if any(width < 1 for width in widths):
+        problems.append(f"--d-sae {min(widths)}: expected at least 1")
+    cells: dict[str, CellConfig] = {}
+    grid = itertools.product(
+        hooks, options.act, options.l2_norm, options.l1_norm, options.decoder or [None], options.sparsity,
+        options.alpha or [None], options.alpha_scale, options.noise, widths, options.lr or [None], options.sinks,
+        options.seed,
+    )  # fmt: skip
+    for hook, act, l2, l1, decoder, sparsity, alpha, alpha_scale, noise, width, lr, sinks, seed in grid:
+        decoder = decoder or DEFAULT_DECODER[act]
+        reason = refused_combination(act, decoder, sparsity)
+        if reason is not None:
+            if reason not in problems:
+                problems.append(reason)
+            continue
+        cell = CellConfig(
+            hook=hook, act=act, l2_norm=l2, l1_norm=l1, decoder=decoder, sparsity=sparsity,
+            alpha=DEFAULT_ALPHA[act] if alpha is None else alpha, alpha_scale=alpha_scale,
+            alpha_warm_up=options.alpha_warm_up, noise=noise, d_sae=max(1, width), tokens=tokens,
+            batch_size=options.batch_size, lr=lr or default_lr(max(1, width)), lr_warm_up=options.lr_warm_up,
+            lr_decay=LR_DECAY, clip=options.clip, input_scale=options.input_scale, sinks=sinks,
+            dead_window=options.dead_window, buffer=options.buffer, seed=seed, deterministic=options.deterministic,
+        )  # fmt: skip
+        cells[_cell_name(cell, options)] = cell
+    if problems:
+        raise UsageError.from_problems(problems)
+    return cells
+
+
+def _cell_name(cell: CellConfig, options: TrainOptions) -> str:
+    """``L6`` plus the options that were given as lists."""
+    parts = [f"L{layer_of(cell.hook)}" if layer_of(cell.hook) is not None else cell.hook.replace("/", "_")]
+    bare = ("act", "l2_norm", "decoder", "sparsity", "alpha_scale", "sinks")
+    prefixed = {"l1_norm": "l1", "alpha": "alpha", "noise": "noise", "lr": "lr", "seed": "seed"}
+    for field in TrainOptions.model_fields:
+        value = getattr(options, field)
+        if field == "layers" or not isinstance(value, list) or len(value) < 2:
+            continue
+        if field in bare:
+            parts.append(str(getattr(cell, field)))
+        elif field in prefixed:
+            shown = getattr(cell, field)
+            parts.append(f"{prefixed[field]}{shown:g}" if isinstance(shown, float) else f"{prefixed[field]}{shown}")
+        else:
+            parts.append(f"f{cell.d_sae}")
+    return "-".join(parts)
+
+
+def layer_of(hook: str) -> int | None:
+    """6 of ``blocks.6.hook_resid_post``; None for a hook of another form."""
+    parts = hook.split(".")
+    return int(parts[1]) if len(parts) == 3 and parts[0] == "blocks" and parts[1].isdigit() else None

@@ -1,0 +1,85 @@
+"""metrics.jsonl: one line per logged step, in raw units, without times; cut back to a checkpoint when resuming."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nsae_cli.metrics.training_batch import batch_metrics
+from nsae_cli.sae.nonlinearity import NONLINEARITIES
+from nsae_cli.store.batches import HookRows
+from nsae_cli.store.commit import disk_errors, to_json
+from nsae_cli.training.cell import Cell, StepLog
+
+LOGGED_STEPS = 200
+
+
+def log_interval(steps: int) -> int:
+    """Every how many steps a line is logged: about 200 lines a run."""
+    return max(1, steps // LOGGED_STEPS)
+
+
+def step_record(cell: Cell, rows: HookRows, log: StepLog, step: int) -> dict[str, Any]:
+    """One line of metrics.jsonl: the training batch of a step, before its update, with noise as trained.
+
+    The loss and its two terms are in raw units, L = L'·s^(p−2); `l1_all` is Σf in raw units; ratios need no unit.
+    """
+    objective, result = cell.objective, log.result
+    s = objective.input_scale
+    x_hat = result.x_hat
+    to_raw = 1 / objective.loss_scale
+    loss_l2 = float(log.error_weight.double() @ result.sq_error.double()) * to_raw
+    loss_sparsity = float(log.sparsity_weight.double() @ result.penalty.double()) * to_raw
+    l1_scale = 1 / s if NONLINEARITIES[objective.act].homogeneous else 1.0
+    batch = batch_metrics(
+        x=log.x,
+        norm=rows.norm,
+        group=rows.group,
+        sq_error=result.sq_error,
+        dot=torch.linalg.vecdot(log.x, x_hat),
+        x_sq=torch.linalg.vecdot(log.x, log.x),
+        x_hat_sq=torch.linalg.vecdot(x_hat, x_hat),
+        l0=result.l0,
+        l1=result.l1 * l1_scale,
+        weight_error=log.error_weight,
+    )
+    shares = {key: batch.pop(key) for key in ("loss_share", "bias_ratio", "nbi")}
+    return {
+        "step": step + 1,
+        "tokens": (step + 1) * cell.config.batch_size,
+        "loss": loss_l2 + loss_sparsity,
+        "loss_l2": loss_l2,
+        "loss_sparsity": loss_sparsity,
+        **batch,
+        "dead_fraction_window": cell.window.dead_fraction(),
+        "alpha": log.alpha,
+        "lr": log.lr,
+        **shares,
+    }
+
+
+class MetricsLog:
+    """Appends records to one cell's metrics.jsonl.
+
+    Args:
+        path: the file.
+        keep_bytes: length to which an earlier run's file is cut back (0 starts anew).
+    """
+
+    def __init__(self, path: Path, keep_bytes: int) -> None:
+        self._path = path
+        with disk_errors(path):
+            path.touch()
+            with path.open("rb+") as file:
+                file.truncate(keep_bytes)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds a line."""
+        with disk_errors(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(to_json(record, indent=None) + "\n")
+
+    def size(self) -> int:
+        """Bytes so far."""
+        return self._path.stat().st_size
