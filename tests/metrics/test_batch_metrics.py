@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Rows, make_rows
+from measured_rows import Rows, make_rows
 
 from nsae_cli.metrics.groups import SINKS
 from nsae_cli.metrics.norm_bias import NormBiasIndex

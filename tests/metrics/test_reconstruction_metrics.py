@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Rows, make_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from measured_rows import Rows, make_rows
 
 from nsae_cli.metrics.groups import SINKS
 from nsae_cli.metrics.reconstruction import ReconstructionAccumulator

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -34,8 +35,10 @@ class Session:
         self.reporter.note(f"using the newest {kind.folder}: {newest.name}")
         return [newest]
 
-    def finish(self, command: str, artifacts: list[Artifact], results: list[Any], show: Callable[[], RenderableType]) -> None:
-        """Prints the result: one JSON object with --json, else what `show` draws."""
+    def finish(
+        self, command: str, artifacts: list[Artifact], results: list[Any], show: Callable[[], RenderableType]
+    ) -> None:
+        """Prints artifacts: one JSON object with --json, else what `show` draws."""
         if not self.json:
             print_result(show())
             return
@@ -48,6 +51,20 @@ class Session:
                 "result": results[0] if single else results,
             }
         )
+
+    def finish_file(self, command: str, path: Path) -> None:
+        """Prints the path of a file that is no artifact of its own."""
+        if self.json:
+            print_json({"command": command, "artifact": {"kind": "file", "name": path.name, "path": str(path)}, "result": None})
+        else:
+            print(path)
+
+    def finish_rows(self, command: str, rows: list[dict[str, Any]], show: Callable[[], RenderableType]) -> None:
+        """Prints a list that is no artifact."""
+        if self.json:
+            print_json({"command": command, "artifact": None, "result": rows})
+        else:
+            print_result(show())
 
 
 def session_of(context: typer.Context) -> Session:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nsae_cli.metrics.groups import N_GROUPS, NON_SINKS, SINKS
-from nsae_cli.metrics.undefined import ROUNDING, ratio
+from nsae_cli.metrics.undefined import ratio
 
 SINK_MASS = 0.9
 DETECTOR_CORRELATION = 0.3
@@ -83,7 +83,7 @@ class FeatureAccumulator:
         return (inside > 0) & (inside == self._fired.sum(0))
 
     def norm_correlation(self) -> Tensor:
-        """corr(1[f_i > 0], n) over ns rows, float64 [d_sae]; 0 where either of the two is constant.
+        """corr(1[f_i > 0], n) over ns rows, float64 [d_sae]; 0 (but for rounding) where either is constant.
 
         With k of N rows fired, Σ over ns: cov = (Σ_fired n)/N − (k/N)·mean n, divided by √(k/N · (1 − k/N)) · sd n.
         """
@@ -91,11 +91,11 @@ class FeatureAccumulator:
         rate = self._fired[NON_SINKS].sum(0) / rows.double()
         mean = self._norm[NON_SINKS].sum() / rows
         mean_sq = self._norm_sq[NON_SINKS].sum() / rows
-        variance = mean_sq - mean**2
         covariance = self._fired_norm[NON_SINKS].sum(0) / rows - rate * mean
-        spread = (rate * (1 - rate) * variance.clamp(min=0)).sqrt()
-        defined = (rate > 0) & (rate < 1) & (variance > ROUNDING * mean_sq)
-        return torch.where(defined, covariance / spread, 0.0)
+        # Equal norms leave a variance of about ±1e-16·n², hence a spread of 1e-8·n or none, but a covariance of
+        # 1e-16·n only: what rounding can make of no correlation is far below any threshold.
+        spread = (rate * (1 - rate) * (mean_sq - mean**2).clamp(min=0)).sqrt()
+        return torch.where(spread > 0, covariance / spread, 0.0)
 
     def _silent_fraction(self, groups: slice) -> float | None:
         if not self._rows[groups].any():

@@ -13,6 +13,7 @@ import torch
 
 import nsae_cli
 from nsae_cli import interrupt
+from nsae_cli.device import choose_device
 from nsae_cli.errors import Interrupted, ResourceError, UsageError
 from nsae_cli.kernels.select import Choice, choose_step
 from nsae_cli.metrics.groups import SINKS
@@ -113,35 +114,6 @@ def train(
     finally:
         if options.deterministic:
             torch.use_deterministic_algorithms(False)
-
-
-def choose_device(option: str) -> tuple[torch.device, str]:
-    """The training device of ``--device`` and the reason for it.
-
-    Raises:
-        UsageError: not a device.
-        ResourceError: the device is not there.
-    """
-    if option == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda"), f"auto, {torch.cuda.get_device_name()} is there"
-        if torch.backends.mps.is_available():
-            return torch.device("mps"), "auto, Apple GPU is there"
-        return torch.device("cpu"), f"auto, no GPU found; {torch.get_num_threads()} threads"
-    try:
-        device = torch.device(option)
-    except RuntimeError:
-        raise UsageError(f"--device {option}: expected auto, cpu, cuda, cuda:N or mps") from None
-    present = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if device.type not in present:
-        raise UsageError(f"--device {option}: expected auto, cpu, cuda, cuda:N or mps")
-    if not present[device.type]:
-        raise ResourceError(f"--device {option}: no such device on this machine; use --device cpu")
-    return device, "asked for"
 
 
 def select_hooks(layers: str | int | list[int | str] | None, store: ActivationStore) -> list[str]:

@@ -1,0 +1,41 @@
+"""What a workspace holds, for `nsae list`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nsae_cli.errors import NsaeError
+from nsae_cli.store.commit import read_json
+from nsae_cli.store.workspace import Artifact, Kind, Workspace
+
+
+def take_inventory(workspace: Workspace) -> list[dict[str, Any]]:
+    """One entry per artifact: kind, name, status, size in bytes, detail; by kind, newest first, unfinished last."""
+    rows = []
+    for kind in Kind:
+        for artifact in workspace.complete(kind):
+            rows.append(_row(kind, artifact.name, "complete", artifact.path, _detail(artifact)))
+        for folder in workspace.unfinished(kind):
+            rows.append(_row(kind, folder.name, "unfinished", folder, f"run the same nsae {kind.command} again"))
+    return rows
+
+
+def _row(kind: Kind, name: str, status: str, folder: Path, detail: str) -> dict[str, Any]:
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return {"kind": kind.folder, "name": name, "status": status, "size": size, "detail": detail}
+
+
+def _detail(artifact: Artifact) -> str:
+    try:
+        document = read_json(artifact.path / artifact.kind.mark)
+        if artifact.kind is Kind.ACTIVATIONS:
+            return f"{document['rows']:,} rows × {document['d_in']}, {', '.join(document['hooks'])}"
+        if artifact.kind is Kind.NORMS:
+            return f"{len(document['hooks'])} hooks of {document['activations']['name']}"
+        if artifact.kind is Kind.SAE:
+            l0 = document["metrics"]["ns"]["l0"]
+            return f"{document['hook']}, {document['d_sae']} features" + ("" if l0 is None else f", L0 {l0:.3g}")
+        return f"top {document['top']:.2g} of {document['rows']:,} rows, {document['sae']['name']}"
+    except (NsaeError, KeyError, TypeError, ValueError):
+        return "its JSON is damaged"

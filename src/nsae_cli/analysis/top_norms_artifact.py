@@ -1,0 +1,158 @@
+"""The work of `nsae analyze-top-norms`: from SAEs to the artifacts `top-norms/NAME` with their figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.numpy import load_file
+
+from nsae_cli.analysis.top_norms import analyze_top_norms, check_fit, write_top_norms
+from nsae_cli.errors import ArtifactError, UsageError
+from nsae_cli.lm.token_text import token_text
+from nsae_cli.report.figures import compare_histograms, l0_histogram, l1_histogram, save_png
+from nsae_cli.reporter import Reporter
+from nsae_cli.store import commit
+from nsae_cli.store.sae_folder import SavedSae, load_sae
+from nsae_cli.store.shards import ActivationStore, open_activations
+from nsae_cli.store.workspace import Artifact, Kind, Workspace, check_name
+from nsae_cli.values import Fraction, Size
+
+
+class TopNormsOptions(BaseModel):
+    """Options of analyze-top-norms that change its result."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    top: Fraction = Field(0.01, gt=0, le=0.5, description="share of the rows in the top and in the bottom group")
+    rows: Size | None = Field(None, gt=0, description="use the first so many held-out rows")
+
+
+@dataclass
+class TopNormsArtifact:
+    """One SAE's artifact, its top_norms.json, its figures and whether it was there already."""
+
+    artifact: Artifact
+    document: dict[str, Any]
+    figures: list[Path]
+    already_complete: bool
+
+
+def run_top_norms(
+    references: Sequence[str],
+    activations: str | None,
+    options: TopNormsOptions,
+    workspace: Workspace,
+    name: str | None,
+    reporter: Reporter,
+) -> list[TopNormsArtifact]:
+    """Analyses SAEs: those named, or all of the newest group.
+
+    Args:
+        references: names or paths of SAEs or groups; empty for the newest.
+        activations: a store to measure on; None for the one each SAE was trained on.
+        name: name of the result, for several SAEs the beginning of their names; None for the SAEs' names.
+
+    Raises:
+        UsageError: nothing of that name, or NAME holds another analysis.
+        ArtifactError: SAE and store do not fit.
+    """
+    saes = _choose(references, workspace, reporter)
+    results = []
+    for sae in saes:
+        own_name = sae.name.replace("/", "-")
+        if name is not None:
+            own_name = name if len(saes) == 1 else f"{name}-{sae.path.name}"
+        results.append(_analyse(sae, activations, options, workspace, check_name(own_name), reporter))
+    if len(results) > 1:
+        _draw_together(saes, results, workspace, reporter)
+    return results
+
+
+def _choose(references: Sequence[str], workspace: Workspace, reporter: Reporter) -> list[Artifact]:
+    if references:
+        found = [artifact for reference in references for artifact in workspace.find(Kind.SAE, reference)]
+        return list({artifact.path.resolve(): artifact for artifact in found}.values())
+    newest = workspace.newest(Kind.SAE)
+    group = newest.name.partition("/")[0]
+    reporter.note(f"using the newest saes: {group}")
+    return workspace.find(Kind.SAE, group)
+
+
+def _analyse(
+    sae: Artifact,
+    activations: str | None,
+    options: TopNormsOptions,
+    workspace: Workspace,
+    name: str,
+    reporter: Reporter,
+) -> TopNormsArtifact:
+    saved = load_sae(sae.path)
+    store = _store_of(saved, activations, workspace)
+    check_fit(saved, store)
+    folder = workspace.folder(Kind.TOP_NORMS, name)
+    artifact = Artifact(Kind.TOP_NORMS, name, folder)
+    figures = [folder / "l0.png", folder / "l1.png"]
+    wanted = {
+        "sae": {"name": sae.name, "weights_sha256": saved.run.get("weights_sha256")},
+        "activations": {"name": store.name, "manifest_sha256": store.manifest_sha256},
+        "options": options.model_dump(),
+    }
+    if (folder / Kind.TOP_NORMS.mark).is_file():
+        document = commit.read_json(folder / Kind.TOP_NORMS.mark)
+        changed = [key for key, value in wanted.items() if document.get(key) != value]
+        if not changed:
+            return TopNormsArtifact(artifact, document, figures, already_complete=True)
+        raise UsageError(f"--name {name} holds another analysis (of another {changed[0]}); choose another --name")
+    commit.make_folder(folder)
+    commit.remove_leftovers(folder)
+    text = token_text(store.manifest, reporter)
+    result = analyze_top_norms(saved, sae.name, store, options.top, options.rows, text, reporter)
+    result.document["options"] = wanted["options"]
+    arrays = {key: tensor.numpy() for key, tensor in result.tensors.items()}
+    source = store.manifest.model_dump(include={"model", "context_size", "packing", "bos"})
+    save_png(l0_histogram(arrays, result.document, source=source), figures[0])
+    save_png(l1_histogram(arrays, result.document, source=source), figures[1])
+    write_top_norms(folder, result)
+    return TopNormsArtifact(artifact, result.document, figures, already_complete=False)
+
+
+def _store_of(saved: SavedSae, activations: str | None, workspace: Workspace) -> ActivationStore:
+    trained_on = saved.run["inputs"]["activations"]
+    if activations is not None:
+        [artifact] = workspace.find(Kind.ACTIVATIONS, activations)
+        return open_activations(artifact.path)
+    try:
+        [artifact] = workspace.find(Kind.ACTIVATIONS, trained_on["name"])
+    except UsageError as error:
+        raise UsageError(
+            f"the activations {trained_on['name']!r} that {saved.path.name} was trained on are not in "
+            f"{workspace.root}; name a store with --activations"
+        ) from error
+    store = open_activations(artifact.path)
+    if store.manifest_sha256 != trained_on["manifest_sha256"]:
+        raise ArtifactError(
+            f"{store.name} is not the store that {saved.path.name} was trained on (its manifest has changed); "
+            f"name the right one with --activations, or this one on purpose: --activations {store.name}"
+        )
+    return store
+
+
+def _draw_together(
+    saes: Sequence[Artifact], results: Sequence[TopNormsArtifact], workspace: Workspace, reporter: Reporter
+) -> None:
+    """Several SAEs in one figure per quantity, beside their artifacts: top-norms/GROUP-l0.png."""
+    loaded: list[tuple[str, dict[str, np.ndarray], dict[str, Any]]] = [
+        (sae.path.name, load_file(result.artifact.path / "top_norms.safetensors"), result.document)
+        for sae, result in zip(saes, results, strict=True)
+    ]
+    groups = {sae.name.partition("/")[0] for sae in saes}
+    stem = groups.pop() if len(groups) == 1 else "comparison"
+    for quantity in ("l0", "l1"):
+        path = workspace.root / Kind.TOP_NORMS.folder / f"{stem}-{quantity}.png"
+        save_png(compare_histograms(loaded, "l0" if quantity == "l0" else "l1"), path)
+        reporter.note(f"figure of all: {path}")

@@ -1,0 +1,70 @@
+"""`nsae collect`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from nsae_cli.cli.options import Device, Name, given
+from nsae_cli.cli.session import session_of
+
+
+def command(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Option(metavar="ID|DIR|mini|mini-sink", help="Model: a hub id, a folder, or one that ships with nsae.")
+    ] = "gpt2",
+    revision: Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub model.")] = None,
+    corpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID|FILE|DIR|builtin",
+            help="Text: a hub data set, .txt/.jsonl/.parquet, a folder of these, or builtin [default: by the model].",
+        ),
+    ] = None,
+    corpus_config: Annotated[str | None, typer.Option(metavar="NAME", help="Configuration of a hub data set.")] = None,
+    split: Annotated[str | None, typer.Option(metavar="NAME", help="Split of a hub data set or of builtin [default: train].")] = None,
+    text_column: Annotated[str | None, typer.Option(metavar="NAME", help="Column that holds the text [default: text].")] = None,
+    layers: Annotated[
+        str | None, typer.Option(metavar="all|6|0,3|0-3", help="Layers whose vectors are stored [default: the middle one].")
+    ] = None,
+    site: Annotated[str, typer.Option(metavar="resid_post|resid_pre", help="After or before the block.")] = "resid_post",
+    norms: Annotated[
+        str, typer.Option(metavar="all|stored", help="Layers whose norms are stored; stored ends the forward pass early.")
+    ] = "all",
+    tokens: Annotated[
+        str | None, typer.Option(metavar="SIZE|all", help="Rows at most [default: 2M; all of builtin for embedded models].")
+    ] = None,
+    context_size: Annotated[
+        str | None, typer.Option("--context", metavar="INT", help="Tokens per context [default: 128].")
+    ] = None,
+    packing: Annotated[bool, typer.Option("--packing/--no-packing", help="Documents share contexts.")] = True,
+    bos: Annotated[bool, typer.Option("--bos/--no-bos", help="Each context starts with <|endoftext|>.")] = True,
+    batch_size: Annotated[
+        str | None, typer.Option(metavar="INT", help="Contexts per forward pass [default: by the device].")
+    ] = None,
+    dtype: Annotated[str, typer.Option(metavar="fp16|bf16|fp32", help="Storage.")] = "fp16",
+    model_dtype: Annotated[
+        str, typer.Option(metavar="auto|fp16|bf16|fp32", help="Computation; auto is bf16 on CUDA, else fp32.")
+    ] = "auto",
+    device: Device = "auto",
+    seed: Annotated[str, typer.Option(metavar="INT", help="Recorded; collecting draws nothing at random.")] = "0",
+    name: Name = None,
+) -> None:
+    """Harvest residual-stream activations of a GPT-2 into a store.
+
+    Writes activations/NAME: safetensors shards with vectors, norms, tokens, positions and documents, and manifest.json.
+    """
+    from nsae_cli.lm.collect import collect
+    from nsae_cli.lm.config import CollectConfig
+    from nsae_cli.report.store_summary import store_summary
+    from nsae_cli.values import validate_options
+
+    session = session_of(context)
+    values = given(context, without=("context_size",))
+    if context_size is not None:
+        values["context"] = context_size
+    result = collect(validate_options(CollectConfig, values), session.workspace, session.reporter)
+    manifest = result.manifest.model_dump()
+    session.finish("collect", [result.artifact], [manifest], lambda: store_summary(result.artifact.name, manifest))

@@ -1,0 +1,51 @@
+"""`nsae run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Group, RenderableType
+
+from nsae_cli.cli.session import session_of
+
+
+def command(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Stages and grids; see docs/configuration.md.")],
+) -> None:
+    """Chain commands from a YAML file; what is finished already is reused.
+
+    Ends with the norm table, the table of trained SAEs, the top-norm table and the paths of all figures.
+    """
+    from nsae_cli.experiment.run import run_config
+    from nsae_cli.report.tables import norms_table, top_norms_findings, top_norms_table, train_table
+
+    session = session_of(context)
+    results = run_config(config, session.workspace, session.reporter)
+
+    def show() -> RenderableType:
+        parts: list[RenderableType] = []
+        for result in results:
+            names = [artifact.name for artifact in result.artifacts]
+            if result.command == "norms":
+                parts += [norms_table(document) for document in result.documents]
+            elif result.command == "train":
+                parts.append(train_table(result.documents, names))
+            elif result.command == "analyze-top-norms":
+                parts.append(top_norms_table(result.documents))
+                for document in result.documents:
+                    parts += [f"[bold]{document['sae']['name']}[/bold]", *top_norms_findings(document)]
+            parts.append("")
+        figures = [figure for result in results for figure in result.figures]
+        if figures:
+            parts += ["[bold]Figures[/bold]", *(f"  {figure}" for figure in figures)]
+        return Group(*parts)
+
+    session.finish(
+        "run",
+        [artifact for result in results for artifact in result.artifacts],
+        [document for result in results for document in result.documents],
+        show,
+    )

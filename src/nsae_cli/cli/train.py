@@ -1,0 +1,106 @@
+"""`nsae train`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import RenderableType
+
+from nsae_cli.cli.options import Device, Name, given
+from nsae_cli.cli.session import session_of
+from nsae_cli.store.workspace import Kind
+
+_LIST = "a comma list trains a grid"
+
+
+def command(
+    context: typer.Context,
+    activations: Annotated[str | None, typer.Argument(help="Store: a name or a path [default: the newest].")] = None,
+    act: Annotated[str, typer.Option(metavar="relu|tanh-relu", help=f"Activation; {_LIST}.")] = "relu",
+    l2_norm: Annotated[
+        str, typer.Option(metavar="none|norm|sq", help=f"Divide the squared error by nothing, ‖x‖ or ‖x‖²; {_LIST}.")
+    ] = "none",
+    l1_norm: Annotated[
+        str, typer.Option(metavar="none|norm", help=f"Divide the sparsity penalty by nothing or ‖x‖; {_LIST}.")
+    ] = "none",
+    decoder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="unit|free|bounded",
+            help=f"Rows of W_dec: unit norm, free, or norm ≤ 1 in scaled units; {_LIST} [default: relu unit, tanh-relu free].",
+        ),
+    ] = None,
+    sparsity: Annotated[
+        str, typer.Option(metavar="l1|l1-decoder-norm|tanh", help=f"Sparsity penalty; {_LIST}.")
+    ] = "l1",
+    alpha: Annotated[
+        str | None,
+        typer.Option(metavar="FLOAT", help=f"Sparsity coefficient α; {_LIST} [default: relu 0.2, tanh-relu 0.03]."),
+    ] = None,
+    alpha_scale: Annotated[
+        str, typer.Option(metavar="layer-norm|none|note", help=f"How the penalty's weight β follows from α; {_LIST}.")
+    ] = "layer-norm",
+    alpha_warm_up: Annotated[str, typer.Option(metavar="SHARE", help="Share of the steps over which α rises.")] = "20%",
+    noise: Annotated[
+        str, typer.Option(metavar="FLOAT", help=f"σ of training noise on pre-activations, in scaled units; {_LIST}.")
+    ] = "0",
+    expansion_factor: Annotated[
+        str | None, typer.Option(metavar="FLOAT", help=f"Features per dimension; {_LIST} [default: 8].")
+    ] = None,
+    d_sae: Annotated[str | None, typer.Option(metavar="SIZE", help=f"Number of features instead; {_LIST}.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(metavar="all|6|0,3|0-3", help="Which stored layers [default: all of them].")
+    ] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Rows that each SAE sees [default: one epoch, at least 2000 steps]."),
+    ] = None,
+    batch_size: Annotated[str, typer.Option(metavar="SIZE", help="Rows per step.")] = "2048",
+    lr: Annotated[
+        str | None, typer.Option(metavar="FLOAT", help=f"Adam's learning rate; {_LIST} [default: 2e-4·√(16384/d_sae)].")
+    ] = None,
+    lr_warm_up: Annotated[str, typer.Option(metavar="SHARE", help="Share of the steps over which lr rises.")] = "5%",
+    clip: Annotated[str, typer.Option(metavar="FLOAT|off", help="Largest gradient norm, in scaled units.")] = "off",
+    input_scale: Annotated[
+        str, typer.Option(metavar="auto|FLOAT", help="s of x' = s·x; auto makes a typical row's norm √d_in.")
+    ] = "auto",
+    sinks: Annotated[str, typer.Option(metavar="keep|drop", help=f"Train on sink rows or leave them out; {_LIST}.")] = "keep",
+    dead_window: Annotated[
+        str, typer.Option(metavar="SIZE", help="Tokens after which a silent feature counts as dead.")
+    ] = "262144",
+    buffer: Annotated[
+        str, typer.Option(metavar="SIZE", help="Rows that are mixed in memory at a time; bounds host memory.")
+    ] = "524288",
+    seed: Annotated[
+        str, typer.Option(metavar="INT", help=f"Of data order, initialisation and noise; {_LIST}.")
+    ] = "0",
+    device: Device = "auto",
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="Only deterministic kernels (CUDA).")] = False,
+    checkpoint_every: Annotated[
+        str, typer.Option(metavar="TIME|STEPS", help="How often to save a checkpoint.")
+    ] = "5m",
+    name: Name = None,
+) -> None:
+    """Train sparse autoencoders on a store; commas span a grid that learns from one pass.
+
+    Writes saes/NAME (or saes/NAME/CELL for a grid): weights in SAELens' layout, run.json with every metric on held-out
+    rows, metrics.jsonl. Ctrl-C saves a checkpoint; the same command goes on from it.
+    """
+    from nsae_cli.report.tables import train_table
+    from nsae_cli.store.shards import open_activations
+    from nsae_cli.training.loop import train
+    from nsae_cli.training.options import TrainOptions
+    from nsae_cli.values import validate_options
+
+    session = session_of(context)
+    options = validate_options(TrainOptions, given(context, without=("activations", "name")))
+    [store] = session.choose(Kind.ACTIVATIONS, activations)
+    result = train(options, open_activations(store.path), session.workspace, name, session.reporter)
+    if result.already_complete:
+        session.reporter.note(f"already complete: {result.name}")
+
+    def show() -> RenderableType:
+        return train_table(result.runs, [artifact.name for artifact in result.artifacts])
+
+    session.finish("train", result.artifacts, result.runs, show)

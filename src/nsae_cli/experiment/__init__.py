@@ -1,0 +1,1 @@
+"""`nsae run`: a YAML file that chains the commands' work by name."""

@@ -1,0 +1,256 @@
+"""Documents, one by one, from wherever ``--corpus`` points.
+
+A source is described by a `Corpus`: who it is (name, split, hash or revision) and how to read it from the start.
+Nothing is read ahead: memory holds one document (parquet: a few hundred) whatever the corpus's size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HTTPError
+
+from nsae_cli import assets
+from nsae_cli.errors import ResourceError, UsageError
+from nsae_cli.lm.hub import ask_hub, looks_like_hub_id
+from nsae_cli.lm.quiet import quiet_libraries
+from nsae_cli.store.commit import file_sha256
+
+BUILTIN = "builtin"
+#: Plain web text in parquet files, which every current `datasets` reads; streamed, so only what is used is downloaded.
+DEFAULT_HUB_CORPUS = ("HuggingFaceFW/fineweb", "sample-10BT")
+DEFAULT_TEXT_COLUMN = "text"
+
+_PARQUET_ROWS = 256
+_HUB_REMEDY = "use --corpus builtin, which needs no network, or give a file"
+
+
+@dataclass(frozen=True)
+class CorpusChoice:
+    """``--corpus`` and its companions as given; None where not given."""
+
+    name: str
+    config: str | None = None
+    split: str | None = None
+    text_column: str | None = None
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A readable corpus.
+
+    Attributes:
+        name: builtin, a file's or folder's base name, or a hub id.
+        config: configuration of a hub data set.
+        split: of the built-in corpus and of hub data sets.
+        sha256: of the content; None for hub data sets.
+        revision: commit of a hub data set, where the hub told it.
+        text_bytes: about how much text it holds; None where unknown.
+        documents: starts reading from the first document.
+    """
+
+    name: str
+    config: str | None
+    split: str | None
+    sha256: str | None
+    revision: str | None
+    text_bytes: int | None
+    documents: Callable[[], Iterator[str]]
+
+    @property
+    def identity(self) -> dict[str, str | None]:
+        """What the manifest records."""
+        return {
+            "name": self.name,
+            "config": self.config,
+            "split": self.split,
+            "sha256": self.sha256,
+            "revision": self.revision,
+        }
+
+
+def default_corpus(embedded_model: bool) -> CorpusChoice:
+    """The built-in corpus for the embedded models, a web corpus from the hub for others."""
+    return CorpusChoice(BUILTIN) if embedded_model else CorpusChoice(*DEFAULT_HUB_CORPUS)
+
+
+def open_corpus(choice: CorpusChoice) -> Corpus:
+    """Finds a corpus: ``builtin``, a file or folder of .txt, .jsonl and .parquet, else a hub data set.
+
+    Raises:
+        UsageError: no such file, unknown kind of file, empty folder, an option that the source does not have, unknown
+            configuration or split.
+        ResourceError: the hub is not reachable or has no such data set.
+    """
+    if choice.name == BUILTIN:
+        _refuse(choice, "the built-in corpus", config=choice.config, text_column=choice.text_column)
+        return _builtin(choice)
+    if Path(choice.name).exists():
+        _refuse(choice, "a local corpus", config=choice.config, split=choice.split)
+        return _local(choice)
+    if not looks_like_hub_id(choice.name) or Path(choice.name).suffix in _READERS:
+        raise UsageError(f"--corpus {choice.name}: no such file or folder")
+    return _hub(choice)
+
+
+def _refuse(choice: CorpusChoice, what: str, **options: str | None) -> None:
+    names = {"config": "--corpus-config", "split": "--split", "text_column": "--text-column"}
+    given = [f"{names[key]} {value}" for key, value in options.items() if value is not None]
+    if given:
+        raise UsageError(f"{' and '.join(given)}: {what} ({choice.name}) has no such choice; leave the option out")
+
+
+def _builtin(choice: CorpusChoice) -> Corpus:
+    split = choice.split or assets.BUILTIN_SPLITS[0]
+    if split not in assets.BUILTIN_SPLITS:
+        raise UsageError(f"--split {split}: the built-in corpus has {', '.join(assets.BUILTIN_SPLITS)}")
+    digest, size = hashlib.sha256(), 0
+    for text in assets.builtin_documents(split):
+        content = text.encode("utf-8")
+        digest.update(content + b"\0")
+        size += len(content)
+    return Corpus(BUILTIN, None, split, digest.hexdigest(), None, size, lambda: assets.builtin_documents(split))
+
+
+# Local files --------------------------------------------------------------------------------------------------------
+
+
+def _local(choice: CorpusChoice) -> Corpus:
+    root = Path(choice.name)
+    files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.suffix in _READERS)
+    kinds = ", ".join(_READERS)
+    if not files:
+        raise UsageError(f"--corpus {choice.name}: the folder holds no {kinds} file")
+    if files[0].suffix not in _READERS:
+        raise UsageError(f"--corpus {choice.name}: unknown kind of file; known are {kinds} and folders of these")
+    column = choice.text_column or DEFAULT_TEXT_COLUMN
+
+    def documents() -> Iterator[str]:
+        for path in files:
+            try:
+                yield from _READERS[path.suffix](path, column)
+            except OSError as error:
+                raise ResourceError(f"--corpus {path.name}: cannot be read ({error.strerror or error})") from error
+
+    try:
+        sha256 = file_sha256(root) if root.is_file() else _folder_sha256(root, files)
+        size = sum(path.stat().st_size for path in files if path.suffix != ".parquet")
+    except OSError as error:
+        raise ResourceError(f"--corpus {choice.name}: cannot be read ({error.strerror or error})") from error
+    # Parquet is compressed, so its size says little.
+    known_size = None if any(path.suffix == ".parquet" for path in files) else size
+    return Corpus(root.resolve().name, None, None, sha256, None, known_size, documents)
+
+
+def _folder_sha256(root: Path, files: list[Path]) -> str:
+    """SHA-256 over ``<hash>  <path in the folder>`` lines, as ``sha256sum`` prints them."""
+    lines = (f"{file_sha256(path)}  {path.relative_to(root).as_posix()}\n" for path in files)
+    return hashlib.sha256("".join(lines).encode("utf-8")).hexdigest()
+
+
+def _read_txt(path: Path, column: str) -> Iterator[str]:
+    try:
+        yield path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"corpus {path.name} is not UTF-8 text (byte {error.start:,}); convert it to UTF-8") from error
+
+
+def _read_jsonl(path: Path, column: str) -> Iterator[str]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            place = f"{path.name} line {number}"
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise UsageError(f"corpus {place} is not UTF-8 text; convert the file to UTF-8") from error
+            except (ValueError, RecursionError) as error:
+                raise UsageError(f"corpus {place} is not JSON; a .jsonl file holds one object per line") from error
+            if not isinstance(record, dict):
+                raise UsageError(f"corpus {place} is not a JSON object; a .jsonl file holds one object per line")
+            yield _text_of(record, column, place)
+
+
+def _read_parquet(path: Path, column: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if column not in names:
+                raise _missing_column(path.name, column, names)
+            row = 0
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[column]):
+                for value in batch.column(0).to_pylist():
+                    row += 1
+                    yield _text_of({column: value}, column, f"{path.name} row {row}")
+    except pyarrow.ArrowException as error:
+        raise UsageError(f"corpus {path.name} is not a readable parquet file ({str(error).splitlines()[0]})") from error
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+
+
+def _text_of(record: dict[str, Any], column: str, place: str) -> str:
+    """The document in a record; a null is an empty document."""
+    if column not in record:
+        raise _missing_column(place, column, list(record))
+    text = record[column]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise UsageError(f"corpus {place}: column {column!r} is {type(text).__name__}, not text; check --text-column")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(f"corpus {place}: half a surrogate pair at character {error.start:,} is not text") from error
+    return text
+
+
+def _missing_column(corpus: str, column: str, found: list[str]) -> UsageError:
+    names = ", ".join(repr(name) for name in found) or "nothing"
+    return UsageError(f"corpus {corpus} has no column {column!r}; found {names}; choose one with --text-column")
+
+
+# The hub ------------------------------------------------------------------------------------------------------------
+
+
+def _hub(choice: CorpusChoice) -> Corpus:
+    column = choice.text_column or DEFAULT_TEXT_COLUMN
+    split = choice.split or "train"
+    with quiet_libraries():
+        found = ask_hub("dataset", choice.name, None, _HUB_REMEDY)
+    if not found.reachable:
+        raise ResourceError(f"--corpus {choice.name}: the Hugging Face hub is not reachable; {_HUB_REMEDY}")
+
+    def documents() -> Iterator[str]:
+        import datasets
+
+        datasets.disable_progress_bars()
+        try:
+            # Streaming, so that only what is used is downloaded; the commit, so that a resumed run reads the same.
+            rows = datasets.load_dataset(choice.name, choice.config, split=split, streaming=True, revision=found.commit)
+            for number, row in enumerate(rows):
+                yield _text_of(row, column, choice.name if number == 0 else f"{choice.name} row {number + 1}")
+        except (HTTPError, OSError) as error:
+            raise ResourceError(
+                f"--corpus {choice.name}: reading from the hub failed ({type(error).__name__}); "
+                f"run the same command again, or {_HUB_REMEDY}"
+            ) from error
+        except (ValueError, RuntimeError) as error:
+            # Unknown configuration or split (datasets lists the known ones), or a data set that needs a script.
+            reason = " ".join(str(error).split())[:300]
+            raise UsageError(f"--corpus {choice.name}: {reason}; check --corpus-config and --split") from error
+
+    return Corpus(choice.name, choice.config, split, None, found.commit, None, documents)

@@ -1,0 +1,34 @@
+"""What `nsae collect` says about a store that it has written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from nsae_cli.report import format as fmt
+
+
+def store_summary(name: str, manifest: Mapping[str, Any]) -> Table:
+    """A two-column table of a manifest.json."""
+    corpus, dropped = manifest.get("corpus") or {}, manifest.get("dropped") or {}
+    total = sum(shard.get("bytes") or 0 for shard in manifest["shards"])
+    table = Table(title=f"Activations {name}", title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row("model", f"{fmt.model_name(manifest.get('model'))}, computed in {manifest.get('model_dtype')}")
+    split = f", split {corpus['split']}" if corpus.get("split") else ""
+    table.add_row("corpus", f"{corpus.get('name')}{split}")
+    table.add_row("vectors", f"{', '.join(manifest['hooks'])}, {manifest['d_in']} wide, {manifest['dtype']}")
+    table.add_row("norms", f"{len(manifest.get('norm_hooks') or [])} hooks")
+    packing = "documents share contexts" if manifest.get("packing") else "one document per context"
+    bos = "each starts with <|endoftext|>" if manifest.get("bos") else "no token put first"
+    table.add_row("contexts", f"{manifest.get('context_size')} tokens, {packing}, {bos}")
+    table.add_row(
+        "rows", f"{fmt.count(manifest['rows'])} in {len(manifest['shards'])} shards, {fmt.size_in_bytes(total)}"
+    )
+    table.add_row(
+        "dropped", f"{fmt.count(dropped.get('tokens'))} tokens, {fmt.count(dropped.get('documents'))} documents"
+    )
+    return table

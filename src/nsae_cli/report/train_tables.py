@@ -1,0 +1,110 @@
+"""run.json as a terminal table: one row per SAE, sinks and ordinary tokens side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from nsae_cli.report import format as fmt
+from nsae_cli.report.layout import Column, WideTable
+
+#: Options that are worth a column only where they differ between the rows.
+_VARYING = (
+    ("l1_norm", "l1-norm"),
+    ("decoder", "decoder"),
+    ("sparsity", "sparsity"),
+    ("alpha", "α"),
+    ("alpha_scale", "α scale"),
+    ("noise", "noise"),
+    ("d_sae", "d_sae"),
+    ("expansion_factor", "expansion"),
+    ("sinks", "sinks"),
+    ("target_l0", "target L0"),
+    ("lr", "lr"),
+    ("tokens", "tokens"),
+    ("seed", "seed"),
+)
+
+
+def train_table(
+    runs: Sequence[Mapping[str, Any]], labels: Sequence[str] | None = None, source: Mapping[str, Any] | None = None
+) -> RenderableType:
+    """One row per trained SAE.
+
+    Args:
+        runs: run.json of each SAE.
+        labels: a name for each row, where the options shown do not tell the rows apart.
+        source: where `context_size`, `packing`, `bos` of the activations are to be found (manifest or norms.json).
+    """
+    if not runs:
+        return Text("no trained SAE")
+    keys = [Column("name", list(labels))] if labels is not None else []
+    layers = [fmt.layer_of(run.get("hook")) for run in runs]
+    keys.append(Column("layer", [fmt.MISSING if layer is None else str(layer) for layer in layers]))
+    keys += [Column("act", _option(runs, "act")), Column("l2-norm", _option(runs, "l2_norm"))]
+    for key, heading in _VARYING:
+        cells = _option(runs, key)
+        if len(set(cells)) > 1:
+            keys.append(Column(heading, cells))
+    groups = [
+        [Column("L0\nns", _metric(runs, "ns", "l0")), Column("\nsinks", _metric(runs, "sinks", "l0"))],
+        [Column("FVU\nns", _metric(runs, "ns", "fvu_p0"))],
+        [Column("EV\nall", _metric(runs, "all", "explained_variance")),
+         Column("\nns", _metric(runs, "ns", "explained_variance"))],
+        [Column("MRE\nsinks", _metric(runs, "sinks", "mre"))],
+        [Column("shrink\nγ ns", _metric(runs, "ns", "shrinkage"))],
+        [Column("\ndead", [fmt.percent(_value(run, "all", "dead_fraction")) for run in runs])],
+        [Column("bias\nbin 0", [fmt.number(_bin_value(run, 0, "bias_ratio")) for run in runs]),
+         Column("\nbin 9", [fmt.number(_bin_value(run, -1, "bias_ratio")) for run in runs]),
+         Column("\nsinks", _metric(runs, "sinks", "bias_ratio"))],
+    ]  # fmt: skip
+    note = (
+        "Held-out tokens; ns = non-sink. FVU: unexplained share of the variance; EV = 1 − FVU; MRE: mean ‖x̂−x‖²/‖x‖²; "
+        "γ: 1 = no shrinkage; dead: share of features silent on these tokens; bias: share of the squared-error loss ÷ "
+        "share of tokens, in the lowest and the highest norm bin and on sinks (1 = every token counts alike)."
+    )
+    extra = [fmt.source_line(source)] if source is not None else []
+    inputs = list(dict.fromkeys(name for run in runs if (name := _activations(run))))
+    tokens = {_value(run, "all", "tokens") for run in runs}
+    if len(tokens) == 1 and (held_out := tokens.pop()) is not None:
+        extra.insert(0, f"{fmt.count(held_out)} held-out tokens")
+    if inputs:
+        extra.insert(0, f"activations {', '.join(inputs)}")
+    table = WideTable(keys, groups, title="Trained SAEs" if len(runs) > 1 else "Trained SAE", note=note)
+    return Group(table, Text(" · ".join(extra), style="dim")) if extra else table
+
+
+def _activations(run: Mapping[str, Any]) -> str | None:
+    return fmt.artifact_name((run.get("inputs") or {}).get("activations"))
+
+
+def _option(runs: Sequence[Mapping[str, Any]], key: str) -> list[str]:
+    return [
+        _plain((run.get("config") or {}).get(key, run.get(key) if key in ("d_sae", "alpha") else None)) for run in runs
+    ]
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return fmt.MISSING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return fmt.count(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _value(run: Mapping[str, Any], scope: str, key: str) -> Any:
+    return ((run.get("metrics") or {}).get(scope) or {}).get(key)
+
+
+def _bin_value(run: Mapping[str, Any], place: int, key: str) -> Any:
+    bins = (run.get("metrics") or {}).get("bins") or []
+    return (bins[place] or {}).get(key) if bins else None
+
+
+def _metric(runs: Sequence[Mapping[str, Any]], scope: str, key: str) -> list[str]:
+    return [fmt.number(_value(run, scope, key)) for run in runs]
