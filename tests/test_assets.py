@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from nsae_cli.assets import BUILTIN_SPLITS, EMBEDDED_MODELS, builtin_documents, model_dir
 
-N_ROWS = 64
+N_ROWS = 32
 CONTEXT = 128
 FIRST_TOKENS = ("endoftext", "text")  # what position 0 of the test rows holds
 

@@ -44,7 +44,7 @@ class BusyError(NsaeError):
     """Another process is writing to the folder."""
 
 
-class Interrupted(NsaeError):
+class Interrupted(NsaeError):  # noqa: N818 - ending on request is no error
     """A signal asked the run to end.
 
     Args:

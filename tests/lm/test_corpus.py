@@ -28,7 +28,7 @@ def read(path: Path | str, **options: str) -> list[str]:
 
 def test_txt_is_one_document_byte_for_byte(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    path.write_bytes("one\r\ntwo\n".encode())
+    path.write_bytes(b"one\r\ntwo\n")
     assert read(path) == ["one\r\ntwo\n"]
 
 
@@ -117,7 +117,7 @@ def test_unusable_files(tmp_path: Path) -> None:
 
 def test_parquet_without_the_column(tmp_path: Path) -> None:
     pq.write_table(pa.table({"content": ["a"], "n": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(UsageError, match="corpus a.parquet has no column 'text'; found 'content', 'n'"):
+    with pytest.raises(UsageError, match=r"corpus a.parquet has no column 'text'; found 'content', 'n'"):
         read(tmp_path / "a.parquet")
 
 

@@ -84,7 +84,8 @@ def test_rows_equal_hidden_states_except_the_last() -> None:
         torch.testing.assert_close(found, hidden[layer], rtol=1e-5, atol=1e-5)
     last = post.vectors[hook_name(N_LAYERS - 1, "resid_post")].view(2, 10, -1)
     assert not torch.allclose(last, hidden[-1], atol=0.1), "hidden_states[-1] is after the final LayerNorm"
-    torch.testing.assert_close(model.transformer.ln_f(last), hidden[-1], rtol=1e-5, atol=1e-5)
+    with torch.inference_mode():
+        torch.testing.assert_close(model.transformer.ln_f(last), hidden[-1], rtol=1e-5, atol=1e-5)
 
 
 def test_forward_stops_at_the_deepest_wanted_layer() -> None:
@@ -186,7 +187,7 @@ def test_device_out_of_memory_names_the_option() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     model.transformer.h[0].register_forward_pre_hook(fail)
-    with pytest.raises(ResourceError, match="out of memory on cpu .*lower --batch-size"):
+    with pytest.raises(ResourceError, match=r"out of memory on cpu .*lower --batch-size"):
         harvest(model, [contexts_of([6])])
 
 

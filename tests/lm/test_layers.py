@@ -40,7 +40,7 @@ def test_default_is_the_middle_layer() -> None:
     ],
 )
 def test_refused_layer_lists(spec: str, message: str) -> None:
-    with pytest.raises(UsageError, match="gpt2|--layers") as caught:
+    with pytest.raises(UsageError, match=r"gpt2|--layers") as caught:
         parse_layers(spec, 12, "gpt2")
     assert message in str(caught.value)
 

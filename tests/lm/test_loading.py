@@ -74,7 +74,7 @@ def test_loading_says_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -
 
 def test_unknown_family_names_the_table(folder: Path) -> None:
     edit_config(folder, model_type="llama")
-    with pytest.raises(UsageError, match="family 'llama' is not supported; known families: gpt2 .*FAMILIES"):
+    with pytest.raises(UsageError, match=r"family 'llama' is not supported; known families: gpt2 .*FAMILIES"):
         inspect_model(str(folder))
 
 
@@ -91,7 +91,7 @@ def test_revision_of_a_local_model(folder: Path) -> None:
 
 
 def test_folder_without_config(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="no config.json"):
+    with pytest.raises(ArtifactError, match=r"no config.json"):
         inspect_model(str(tmp_path))
 
 
@@ -160,7 +160,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", ["gpt2", "owner/model"])
 @pytest.mark.usefixtures("no_network")
 def test_unreachable_hub_names_mini(name: str) -> None:
-    with pytest.raises(ResourceError, match="not reachable.*use --model mini"):
+    with pytest.raises(ResourceError, match=r"not reachable.*use --model mini"):
         inspect_model(name)
 
 

@@ -35,10 +35,10 @@ def draw(folder: Path) -> None:
         "norms": figures.norm_heatmap(norms, arrays["counts"], arrays["edges"]),
         "norms-1": figures.norm_heatmap(one, one_arrays["counts"], one_arrays["edges"]),
         "norms-position0": figures.norm_heatmap_position0(
-            norms, arrays["counts"], arrays["position0_counts"], arrays["edges"]
+            norms, arrays["counts"], arrays["edges"], arrays["position0_counts"]
         ),
         "norms-position0-1": figures.norm_heatmap_position0(
-            one, one_arrays["counts"], one_arrays["position0_counts"], one_arrays["edges"]
+            one, one_arrays["counts"], one_arrays["edges"], one_arrays["position0_counts"]
         ),
         "l0": figures.l0_histogram(histogram, table, source=norms),
         "l0-linear": figures.l0_histogram(histogram, table, log=False, source=norms),
@@ -57,6 +57,7 @@ def draw(folder: Path) -> None:
         ),
     }
     for name, figure in drawn.items():
+        assert figure is not None, name
         figures.save_png(figure, folder / f"{name}.png")
 
 

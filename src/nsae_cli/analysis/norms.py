@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from nsae_cli.assets import embedded_note
 from nsae_cli.lm.token_text import TokenText
-from nsae_cli.metrics.norm_bias import NormMoments, alpha_eff
 from nsae_cli.metrics.groups import NON_SINKS
+from nsae_cli.metrics.norm_bias import NormMoments, alpha_eff
 from nsae_cli.metrics.quantiles import stream_quantiles
 from nsae_cli.sae.objective import L2_POWER
 from nsae_cli.store import commit
@@ -53,6 +54,7 @@ def measure_norms(store: ActivationStore, text: TokenText, probe: dict[str, Any]
         "format_version": FORMAT_VERSION,
         "activations": {"name": store.name, "manifest_sha256": store.manifest_sha256},
         "model": manifest.model,
+        "embedded_note": embedded_note(manifest.model),
         "site": manifest.site,
         "context_size": manifest.context_size,
         "packing": manifest.packing,
@@ -182,7 +184,8 @@ class _Hook:
         def cell(position0: bool, is_special: bool) -> dict[str, Any]:
             def select(shard: int) -> torch.Tensor:
                 positions, tokens = self._store.positions(shard), self._store.tokens(shard)
-                assert positions is not None and tokens is not None
+                assert positions is not None
+                assert tokens is not None
                 return ((positions == 0) == position0) & (torch.isin(tokens, special) == is_special)
 
             rows, values = stream_quantiles(lambda: self._norms(select), [0.5, 1.0])

@@ -9,6 +9,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from nsae_cli.analysis.norms import measure_norms, write_norms
+from nsae_cli.analysis.probe import probe_store
+from nsae_cli.device import DeviceOption
 from nsae_cli.errors import UsageError
 from nsae_cli.lm.token_text import token_text
 from nsae_cli.report.figures import norm_heatmap, norm_heatmap_position0, save_png
@@ -25,7 +27,7 @@ class NormsOptions(BaseModel):
 
     probe: bool = Field(False, description="rerun the model with other first tokens and another first position")
     model: str | None = Field(None, description="where the model is, for the probe")
-    device: str = Field("auto", description="where to run the probe")
+    device: DeviceOption = Field("auto", description="where to run the probe")
 
 
 @dataclass
@@ -66,13 +68,13 @@ def run_norms(
     commit.make_folder(folder)
     commit.remove_leftovers(folder)
     reporter.note(f"measuring norms at {len(store.manifest.norm_hooks or store.manifest.hooks)} hooks of {store.name}")
-    result = measure_norms(store, token_text(store.manifest, reporter), None)
+    probe = probe_store(store, options.model, options.device, reporter) if options.probe else None
+    result = measure_norms(store, token_text(store.manifest, reporter), probe)
     arrays = {key: tensor.numpy() for key, tensor in result.tensors.items()}
     save_png(norm_heatmap(result.document, arrays["counts"], arrays["edges"]), figures[0])
     if store.has_positions:
-        save_png(
-            norm_heatmap_position0(result.document, arrays["counts"], arrays["position0_counts"], arrays["edges"]),
-            figures[1],
-        )
+        apart = norm_heatmap_position0(result.document, arrays["counts"], arrays["edges"], arrays["position0_counts"])
+        if apart is not None:
+            save_png(apart, figures[1])
     write_norms(folder, result)
     return NormsArtifact(artifact, result.document, figures, already_complete=False)

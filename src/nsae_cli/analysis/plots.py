@@ -10,9 +10,11 @@ import torch
 
 from nsae_cli.errors import ArtifactError
 from nsae_cli.report.figures import activation_figure, save_png, training_curves
+from nsae_cli.report.format import source_line
 from nsae_cli.reporter import Reporter
 from nsae_cli.sae.nonlinearity import NONLINEARITIES
 from nsae_cli.store import commit
+from nsae_cli.store.commit import read_json
 from nsae_cli.store.workspace import Kind, Workspace
 
 
@@ -39,6 +41,7 @@ def draw_training(references: Sequence[str], workspace: Workspace, path: Path, r
         reporter.note(f"using the newest saes: {newest}")
         references = [newest]
     curves = []
+    captions: dict[str, None] = {}
     for artifact in (found for reference in references for found in workspace.find(Kind.SAE, reference)):
         log = artifact.path / "metrics.jsonl"
         try:
@@ -46,5 +49,7 @@ def draw_training(references: Sequence[str], workspace: Workspace, path: Path, r
         except (OSError, ValueError) as error:
             raise ArtifactError(f"{log} cannot be read ({error}); train the SAE again") from error
         curves.append((artifact.path.name, rows))
+        run = read_json(artifact.path / artifact.kind.mark)
+        captions[f"activations {run['inputs']['activations']['name']}, {source_line(run)}"] = None
     commit.make_folder(path.parent)
-    save_png(training_curves(curves), path)
+    save_png(training_curves(curves, "; ".join(captions)), path)

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from nsae_cli.analysis.norms import count_tokens
+from nsae_cli.assets import embedded_note
 from nsae_cli.errors import ArtifactError, UsageError
 from nsae_cli.lm.token_text import TokenText
 from nsae_cli.metrics.features import FeatureAccumulator
@@ -68,7 +70,13 @@ def check_fit(saved: SavedSae, store: ActivationStore) -> None:
 
 
 def analyze_top_norms(
-    saved: SavedSae, name: str, store: ActivationStore, top: float, rows: int | None, text: TokenText, reporter: Reporter
+    saved: SavedSae,
+    name: str,
+    store: ActivationStore,
+    top: float,
+    rows: int | None,
+    text: TokenText,
+    reporter: Reporter,
 ) -> TopNormsResult:
     """Runs the SAE over the held-out rows and compares groups and kinds.
 
@@ -109,7 +117,9 @@ def analyze_top_norms(
         "sae": {"name": name, "weights_sha256": saved.run.get("weights_sha256")},
         "activations": {"name": store.name, "manifest_sha256": store.manifest_sha256},
         "model": store.manifest.model,
+        "embedded_note": embedded_note(store.manifest.model),
         "context_size": store.manifest.context_size,
+        "packing": store.manifest.packing,
         "bos": store.manifest.bos,
         "hook": saved.hook,
         "config": saved.run["config"],
@@ -250,7 +260,8 @@ def _distribution(values: torch.Tensor) -> dict[str, float | None]:
     if not len(values):
         return {"mean": None, "median": None, "p5": None, "p95": None}
     values = values.double()
-    median, p5, p95 = torch.quantile(values, torch.tensor([0.5, 0.05, 0.95], dtype=torch.float64)).tolist()
+    # numpy's, since torch.quantile refuses more than 16 million values.
+    median, p5, p95 = np.quantile(values.numpy(), [0.5, 0.05, 0.95]).tolist()
     return {"mean": float(values.mean()), "median": median, "p5": p5, "p95": p95}
 
 

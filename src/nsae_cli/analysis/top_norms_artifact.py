@@ -114,9 +114,8 @@ def _analyse(
     result = analyze_top_norms(saved, sae.name, store, options.top, options.rows, text, reporter)
     result.document["options"] = wanted["options"]
     arrays = {key: tensor.numpy() for key, tensor in result.tensors.items()}
-    source = store.manifest.model_dump(include={"model", "context_size", "packing", "bos"})
-    save_png(l0_histogram(arrays, result.document, source=source), figures[0])
-    save_png(l1_histogram(arrays, result.document, source=source), figures[1])
+    save_png(l0_histogram(arrays, result.document), figures[0])
+    save_png(l1_histogram(arrays, result.document), figures[1])
     write_top_norms(folder, result)
     return TopNormsArtifact(artifact, result.document, figures, already_complete=False)
 

@@ -22,6 +22,11 @@ def model_dir(name: str) -> Path:
     return _HERE / name
 
 
+def embedded_note(model: str | None) -> str | None:
+    """What every table and figure of an embedded model has to say about it, or None."""
+    return "mini-sink's sink is placed, not learned" if model == "mini-sink" else None
+
+
 def builtin_documents(split: str) -> Iterator[str]:
     """Documents of the built-in corpus, in their stored (shuffled) order.
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Group, RenderableType
+from rich.text import Text
 
 from nsae_cli.cli.options import Name
 from nsae_cli.cli.session import session_of
@@ -14,9 +15,12 @@ from nsae_cli.cli.session import session_of
 def command(
     context: typer.Context,
     saes: Annotated[
-        list[str] | None, typer.Argument(metavar="[SAE]...", help="SAEs or groups: names or paths [default: the newest].")
+        list[str] | None,
+        typer.Argument(metavar="[SAE]...", help="SAEs or groups: names or paths [default: the newest]."),
     ] = None,
-    top: Annotated[str, typer.Option(metavar="SHARE", help="Share of the rows in the top group, and in the bottom.")] = "1%",
+    top: Annotated[
+        str, typer.Option(metavar="SHARE", help="Share of the rows in the top group, and in the bottom.")
+    ] = "1%",
     activations: Annotated[
         str | None, typer.Option(metavar="STORE", help="Measure on this store [default: the one it was trained on].")
     ] = None,
@@ -47,8 +51,8 @@ def command(
         for document in documents:
             parts.append("")
             if len(documents) > 1:
-                parts.append(f"[bold]{document['sae']['name']}[/bold]")
-            parts += top_norms_findings(document)
+                parts.append(Text(document["sae"]["name"], style="bold"))
+            parts += [Text(sentence) for sentence in top_norms_findings(document)]
         return Group(*parts)
 
     session.finish("analyze-top-norms", [result.artifact for result in results], documents, show)

@@ -17,7 +17,7 @@ from nsae_cli.store.workspace import Workspace
 app = typer.Typer(
     name="nsae",
     help="Train sparse autoencoders on a GPT-2's residual stream and measure what high-norm tokens do to them.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -50,6 +50,9 @@ def _before_the_command(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit
     context.obj = Session(Workspace.at(workspace), verbosity=int(verbose) - int(quiet), json=json)
 
 

@@ -13,7 +13,8 @@ from nsae_cli.cli.session import session_of
 def command(
     context: typer.Context,
     model: Annotated[
-        str, typer.Option(metavar="ID|DIR|mini|mini-sink", help="Model: a hub id, a folder, or one that ships with nsae.")
+        str,
+        typer.Option(metavar="ID|DIR|mini|mini-sink", help="Model: a hub id, a folder, or one that ships with nsae."),
     ] = "gpt2",
     revision: Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub model.")] = None,
     corpus: Annotated[
@@ -24,17 +25,26 @@ def command(
         ),
     ] = None,
     corpus_config: Annotated[str | None, typer.Option(metavar="NAME", help="Configuration of a hub data set.")] = None,
-    split: Annotated[str | None, typer.Option(metavar="NAME", help="Split of a hub data set or of builtin [default: train].")] = None,
-    text_column: Annotated[str | None, typer.Option(metavar="NAME", help="Column that holds the text [default: text].")] = None,
-    layers: Annotated[
-        str | None, typer.Option(metavar="all|6|0,3|0-3", help="Layers whose vectors are stored [default: the middle one].")
+    split: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Split of a hub data set or of builtin [default: train].")
     ] = None,
-    site: Annotated[str, typer.Option(metavar="resid_post|resid_pre", help="After or before the block.")] = "resid_post",
+    text_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Column that holds the text [default: text].")
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(metavar="all|6|0,3|0-3", help="Layers whose vectors are stored [default: the middle one]."),
+    ] = None,
+    site: Annotated[
+        str, typer.Option(metavar="resid_post|resid_pre", help="After or before the block.")
+    ] = "resid_post",
     norms: Annotated[
-        str, typer.Option(metavar="all|stored", help="Layers whose norms are stored; stored ends the forward pass early.")
+        str,
+        typer.Option(metavar="all|stored", help="Layers whose norms are stored; stored ends the forward pass early."),
     ] = "all",
     tokens: Annotated[
-        str | None, typer.Option(metavar="SIZE|all", help="Rows at most [default: 2M; all of builtin for embedded models].")
+        str | None,
+        typer.Option(metavar="SIZE|all", help="Rows at most [default: 2M; all of builtin for embedded models]."),
     ] = None,
     context_size: Annotated[
         str | None, typer.Option("--context", metavar="INT", help="Tokens per context [default: 128].")
@@ -56,6 +66,7 @@ def command(
 
     Writes activations/NAME: safetensors shards with vectors, norms, tokens, positions and documents, and manifest.json.
     """
+    from nsae_cli.assets import embedded_note
     from nsae_cli.lm.collect import collect
     from nsae_cli.lm.config import CollectConfig
     from nsae_cli.report.store_summary import store_summary
@@ -67,4 +78,5 @@ def command(
         values["context"] = context_size
     result = collect(validate_options(CollectConfig, values), session.workspace, session.reporter)
     manifest = result.manifest.model_dump()
-    session.finish("collect", [result.artifact], [manifest], lambda: store_summary(result.artifact.name, manifest))
+    shown = {**manifest, "embedded_note": embedded_note(manifest["model"])}
+    session.finish("collect", [result.artifact], [manifest], lambda: store_summary(result.artifact.name, shown))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +12,7 @@ from nsae_cli.cli.options import Name
 from nsae_cli.cli.session import session_of
 
 
-class What(str, Enum):
+class What(StrEnum):
     """What can be drawn."""
 
     activation = "activation"
@@ -21,11 +21,15 @@ class What(str, Enum):
 
 def command(
     context: typer.Context,
-    what: Annotated[What, typer.Argument(help="activation: relu and tanh-relu with their derivatives; training: curves.")],
+    what: Annotated[
+        What, typer.Argument(help="activation: relu and tanh-relu with their derivatives; training: curves.")
+    ],
     saes: Annotated[
         list[str] | None, typer.Argument(metavar="[SAE]...", help="For training: SAEs or groups [default: the newest].")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="File to write [default: plots/WHAT.png in the workspace].")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write [default: plots/WHAT.png in the workspace].")
+    ] = None,
     name: Name = None,
 ) -> None:
     """Draw a figure that is not part of another artifact."""

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Group, RenderableType
+from rich.text import Text
 
 from nsae_cli.cli.session import session_of
 
@@ -32,15 +33,16 @@ def command(
             if result.command == "norms":
                 parts += [norms_table(document) for document in result.documents]
             elif result.command == "train":
-                parts.append(train_table(result.documents, names))
+                parts.append(train_table(result.documents, names, result.documents[0]))
             elif result.command == "analyze-top-norms":
                 parts.append(top_norms_table(result.documents))
                 for document in result.documents:
-                    parts += [f"[bold]{document['sae']['name']}[/bold]", *top_norms_findings(document)]
+                    parts += [Text(document["sae"]["name"], style="bold")]
+                    parts += [Text(sentence) for sentence in top_norms_findings(document)]
             parts.append("")
         figures = [figure for result in results for figure in result.figures]
         if figures:
-            parts += ["[bold]Figures[/bold]", *(f"  {figure}" for figure in figures)]
+            parts += [Text("Figures", style="bold"), *(Text(f"  {figure}") for figure in figures)]
         return Group(*parts)
 
     session.finish(

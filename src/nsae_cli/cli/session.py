@@ -55,7 +55,9 @@ class Session:
     def finish_file(self, command: str, path: Path) -> None:
         """Prints the path of a file that is no artifact of its own."""
         if self.json:
-            print_json({"command": command, "artifact": {"kind": "file", "name": path.name, "path": str(path)}, "result": None})
+            print_json(
+                {"command": command, "artifact": {"kind": "file", "name": path.name, "path": str(path)}, "result": None}
+            )
         else:
             print(path)
 

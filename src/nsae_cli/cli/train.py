@@ -28,7 +28,7 @@ def command(
         str | None,
         typer.Option(
             metavar="unit|free|bounded",
-            help=f"Rows of W_dec: unit norm, free, or norm ≤ 1 in scaled units; {_LIST} [default: relu unit, tanh-relu free].",
+            help=f"W_dec's rows: norm 1, free, or scaled norm ≤ 1; {_LIST} [default: relu unit, tanh-relu free].",
         ),
     ] = None,
     sparsity: Annotated[
@@ -65,21 +65,19 @@ def command(
     input_scale: Annotated[
         str, typer.Option(metavar="auto|FLOAT", help="s of x' = s·x; auto makes a typical row's norm √d_in.")
     ] = "auto",
-    sinks: Annotated[str, typer.Option(metavar="keep|drop", help=f"Train on sink rows or leave them out; {_LIST}.")] = "keep",
+    sinks: Annotated[
+        str, typer.Option(metavar="keep|drop", help=f"Train on sink rows or leave them out; {_LIST}.")
+    ] = "keep",
     dead_window: Annotated[
         str, typer.Option(metavar="SIZE", help="Tokens after which a silent feature counts as dead.")
     ] = "262144",
     buffer: Annotated[
         str, typer.Option(metavar="SIZE", help="Rows that are mixed in memory at a time; bounds host memory.")
     ] = "524288",
-    seed: Annotated[
-        str, typer.Option(metavar="INT", help=f"Of data order, initialisation and noise; {_LIST}.")
-    ] = "0",
+    seed: Annotated[str, typer.Option(metavar="INT", help=f"Of data order, initialisation and noise; {_LIST}.")] = "0",
     device: Device = "auto",
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Only deterministic kernels (CUDA).")] = False,
-    checkpoint_every: Annotated[
-        str, typer.Option(metavar="TIME|STEPS", help="How often to save a checkpoint.")
-    ] = "5m",
+    checkpoint_every: Annotated[str, typer.Option(metavar="TIME|STEPS", help="How often to save a checkpoint.")] = "5m",
     name: Name = None,
 ) -> None:
     """Train sparse autoencoders on a store; commas span a grid that learns from one pass.
@@ -101,6 +99,6 @@ def command(
         session.reporter.note(f"already complete: {result.name}")
 
     def show() -> RenderableType:
-        return train_table(result.runs, [artifact.name for artifact in result.artifacts])
+        return train_table(result.runs, [artifact.name for artifact in result.artifacts], result.runs[0])
 
     session.finish("train", result.artifacts, result.runs, show)

@@ -69,7 +69,9 @@ def _stage(
         return None
     before = len(problems)
     values = plain(body) if body.value is not None else {}
-    reserved = {"name": values.get("name")} | {key: values.get(key) for key in (spec.input_key, *spec.extra_keys) if key}
+    reserved = {"name": values.get("name")} | {
+        key: values.get(key) for key in (spec.input_key, *spec.extra_keys) if key
+    }
     known = [*reserved, *spec.options.model_fields]
     for key, key_line in body.key_lines.items():
         if key not in known:

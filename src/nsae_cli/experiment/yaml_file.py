@@ -23,10 +23,6 @@ class Located:
     key_lines: dict[str, int] = field(default_factory=dict)
 
 
-class _Problems(list[str]):
-    pass
-
-
 def read_yaml(path: Path) -> Located:
     """Parses a file of plain YAML: mappings with unique text keys, sequences, scalars.
 
@@ -90,7 +86,9 @@ class _Builder:
             key_line = key_node.start_mark.line + 1
             key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?"
             if key in result:
-                self._problems.append(f"{self._path}:{key_line}: key {key!r} appears twice (first in line {lines[key]})")
+                self._problems.append(
+                    f"{self._path}:{key_line}: key {key!r} appears twice (first in line {lines[key]})"
+                )
                 continue
             lines[key] = key_line
             result[key] = self.build(value_node)
@@ -98,7 +96,7 @@ class _Builder:
 
     def _scalar(self, node: yaml.Node, line: int) -> Any:
         try:
-            return self._loader.construct_object(node)  # type: ignore[no-untyped-call]
+            return self._loader.construct_object(node)
         except (yaml.YAMLError, ValueError):
             self._problems.append(f"{self._path}:{line}: {node.tag} is not allowed; write plain text, numbers or lists")
             return None

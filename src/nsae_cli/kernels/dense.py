@@ -1,7 +1,7 @@
 """The training step's loss and gradients in closed form, dense: five matrix products and no autograd graph.
 
-Against plain autograd it keeps two [rows, F] buffers instead of about eight, reuses them from step to step, works in
-blocks of rows that fit the cache, and forms no product with W_encᵀ (x needs no gradient).
+Against plain autograd it keeps two [rows, F] buffers instead of about eight, reuses them from step to step, touches
+them in place only, works in blocks of rows, and forms no product with W_encᵀ (x needs no gradient).
 """
 
 from __future__ import annotations
@@ -11,34 +11,26 @@ import torch
 from nsae_cli.kernels.types import Activation, Penalty, StepResult, Weights
 
 #: Rows per block are chosen so that one [rows, F] float32 buffer takes at most this many bytes.
-_BLOCK_BYTES = 32 * 2**20
+_BLOCK_BYTES = 64 * 2**20
 _MIN_BLOCK_ROWS = 256
 
 
 class DenseStep:
-    """Callable with `reference.step_gradients`' signature; holds the buffers that steps of one shape share.
+    """Callable with `reference.step_gradients`' signature; holds the buffers that steps share.
+
+    The same inputs give the same bits on one machine with one number of threads: blocks and the order of every sum
+    depend on the shapes only.
 
     Args:
         matmul_dtype: dtype of the matrix products (bfloat16 on CUDA); None computes in the dtype of x. Sums over rows
             and everything element-wise stay in the dtype of x.
+        block_rows: rows per block; None chooses by the width of the buffers (all rows at once on a GPU).
     """
 
-    def __init__(self, matmul_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, matmul_dtype: torch.dtype | None = None, block_rows: int | None = None) -> None:
         self._matmul_dtype = matmul_dtype
+        self._block_rows = block_rows
         self._buffers: dict[str, torch.Tensor] = {}
-
-    def _buffer(self, name: str, rows: int, like: torch.Tensor, width: int) -> torch.Tensor:
-        buffer = self._buffers.get(name)
-        if (
-            buffer is None
-            or buffer.shape[0] < rows
-            or buffer.shape[1] != width
-            or buffer.dtype != like.dtype
-            or buffer.device != like.device
-        ):
-            buffer = torch.empty(rows, width, dtype=like.dtype, device=like.device)
-            self._buffers[name] = buffer
-        return buffer[:rows]
 
     @torch.no_grad()
     def __call__(
@@ -55,11 +47,11 @@ class DenseStep:
     ) -> StepResult:
         """See `reference.step_gradients`."""
         rows, d_sae = x.shape[0], weights.b_enc.shape[0]
-        for gradient in gradients.tensors():
-            gradient.zero_()
-        norms = weights.W_dec.norm(dim=1) if penalty.uses_decoder_norms else None
+        norms = torch.linalg.vector_norm(weights.W_dec, dim=1) if penalty.uses_decoder_norms else None
         norm_gradient = torch.zeros_like(weights.b_enc) if norms is not None else None
-        matmul = self._cast(weights)
+        for bias in (gradients.b_enc, gradients.b_dec):
+            bias.zero_()
+        W_enc, W_dec = self._operand(weights.W_enc), self._operand(weights.W_dec)
         result = StepResult(
             x_hat=torch.empty_like(x),
             sq_error=x.new_empty(rows),
@@ -68,81 +60,68 @@ class DenseStep:
             l1=x.new_empty(rows),
             fired=torch.zeros(d_sae, dtype=torch.bool, device=x.device),
         )
-        block = self._block_rows(rows, d_sae, x)
-        for start in range(0, rows, block):
-            part = slice(start, min(rows, start + block))
-            self._block(
-                part, x, weights, matmul, gradients, activation, penalty, error_weight[part], sparsity_weight[part],
-                None if noise is None else noise[part], norms, norm_gradient, result,
-            )  # fmt: skip
+        for part in self._blocks(rows, d_sae, x):
+            x_part, x_hat = x[part], result.x_hat[part]
+            acts = self._buffer("acts", x_part, d_sae)
+            delta = self._buffer("delta", x_part, d_sae)
+
+            self._product(acts, x_part, W_enc, weights.b_enc)
+            if noise is not None:
+                acts.add_(noise[part])
+            activation.value_(acts)
+            self._product(x_hat, acts, W_dec, weights.b_dec)
+            error = x_hat - x_part
+            result.sq_error[part] = torch.linalg.vecdot(error, error)
+            result.l1[part] = acts.sum(dim=1)
+            result.penalty[part] = penalty.row_sums(acts, norms)
+            result.l0[part] = torch.sign(acts, out=delta).sum(dim=1)
+            result.fired |= acts.sum(dim=0) > 0  # acts are not negative
+
+            error.mul_((2 * error_weight[part])[:, None])
+            gradients.b_dec.add_(error.sum(dim=0))
+            self._accumulate(gradients.W_dec, acts, error, first=part.start == 0)
+
+            self._product(delta, error, W_dec.t())
+            pull = sparsity_weight[part]
+            act_slope, norm_slope = penalty.slopes(acts, norms)
+            if isinstance(act_slope, torch.Tensor):
+                delta.addcmul_(act_slope.expand_as(delta), pull[:, None])
+            else:
+                delta.add_((pull * act_slope)[:, None])
+            if norm_gradient is not None and isinstance(norm_slope, torch.Tensor):
+                norm_gradient.add_(pull @ norm_slope.expand_as(delta))
+            activation.scale_by_derivative_(delta, acts)
+            gradients.b_enc.add_(delta.sum(dim=0))
+            self._accumulate(gradients.W_enc, x_part, delta, first=part.start == 0)
         if norms is not None and norm_gradient is not None:
             # ∂‖d_i‖/∂d_i = d_i/‖d_i‖; a zero row has no direction and torch's own norm gives it gradient 0.
             gradients.W_dec.addcmul_(weights.W_dec, (norm_gradient / norms.clamp_min(1e-30))[:, None])
         return result
 
-    def _block_rows(self, rows: int, d_sae: int, x: torch.Tensor) -> int:
-        if x.device.type != "cpu":
-            return rows
-        return max(1, min(rows, max(_MIN_BLOCK_ROWS, _BLOCK_BYTES // (d_sae * x.element_size()))))
+    def _blocks(self, rows: int, d_sae: int, x: torch.Tensor) -> list[slice]:
+        """Blocks of nearly equal size, whose buffers take at most _BLOCK_BYTES."""
+        most = self._block_rows
+        if most is None:
+            by_memory = max(_MIN_BLOCK_ROWS, _BLOCK_BYTES // (d_sae * x.element_size()))
+            most = by_memory if x.device.type == "cpu" else rows
+        count = -(-rows // most)
+        size = -(-rows // count)
+        return [slice(start, min(rows, start + size)) for start in range(0, rows, size)]
 
-    def _cast(self, weights: Weights) -> Weights:
-        if self._matmul_dtype is None:
-            return weights
-        return weights.to(self._matmul_dtype)
+    def _buffer(self, name: str, like: torch.Tensor, width: int) -> torch.Tensor:
+        """Uninitialised [rows of `like`, width]; the memory is kept, so that cells of several widths share it."""
+        size = like.shape[0] * width
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < size or (buffer.dtype, buffer.device) != (like.dtype, like.device):
+            buffer = torch.empty(size, dtype=like.dtype, device=like.device)
+            self._buffers[name] = buffer
+        return buffer[:size].view(like.shape[0], width)
 
-    def _block(
-        self,
-        part: slice,
-        x: torch.Tensor,
-        weights: Weights,
-        matmul: Weights,
-        gradients: Weights,
-        activation: Activation,
-        penalty: Penalty,
-        error_weight: torch.Tensor,
-        sparsity_weight: torch.Tensor,
-        noise: torch.Tensor | None,
-        norms: torch.Tensor | None,
-        norm_gradient: torch.Tensor | None,
-        result: StepResult,
-    ) -> None:
-        xb = x[part]
-        rows, d_sae = xb.shape[0], weights.b_enc.shape[0]
-        acts = self._buffer("acts", rows, x, d_sae)
-        self._product(acts, weights.b_enc, xb, matmul.W_enc)
-        if noise is not None:
-            acts.add_(noise)
-        activation.value_(acts)
-        x_hat = result.x_hat[part]
-        self._product(x_hat, weights.b_dec, acts, matmul.W_dec)
-        error = x_hat - xb
-        result.sq_error[part] = torch.linalg.vecdot(error, error)
-        result.l1[part] = acts.sum(dim=1)
-        result.l0[part] = torch.count_nonzero(acts, dim=1).to(x.dtype)
-        result.fired |= acts.amax(dim=0) > 0
-        if penalty.name == "l1":
-            result.penalty[part] = result.l1[part]
-        else:
-            result.penalty[part] = penalty.value(acts, norms).sum(dim=1)
+    def _operand(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight if self._matmul_dtype is None else weight.to(self._matmul_dtype)
 
-        error.mul_((2 * error_weight)[:, None])
-        gradients.b_dec.add_(error.sum(dim=0))
-        self._accumulate(gradients.W_dec, acts, error)
-        delta = self._buffer("delta", rows, x, d_sae)
-        self._product(delta, None, error, matmul.W_dec.t())
-        act_slope, norm_slope = penalty.slopes(acts, norms)
-        if isinstance(act_slope, torch.Tensor):
-            delta.addcmul_(act_slope.expand_as(delta), sparsity_weight[:, None])
-        else:
-            delta.add_(sparsity_weight[:, None] * act_slope)
-        if norm_gradient is not None and isinstance(norm_slope, torch.Tensor):
-            norm_gradient.add_(sparsity_weight @ norm_slope.expand_as(delta))
-        activation.scale_by_derivative_(delta, acts)
-        gradients.b_enc.add_(delta.sum(dim=0))
-        self._accumulate(gradients.W_enc, xb, delta)
-
-    def _product(self, out: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> None:
-        """out = a @ b (+ bias), in the matmul dtype where there is one."""
+    def _product(self, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """out = a @ b (+ bias); b is in the matmul dtype already."""
         if self._matmul_dtype is not None:
             out.copy_(a.to(self._matmul_dtype) @ b)
             if bias is not None:
@@ -152,9 +131,12 @@ class DenseStep:
         else:
             torch.addmm(bias, a, b, out=out)
 
-    def _accumulate(self, total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-        """total += aᵀ @ b."""
+    def _accumulate(self, total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: bool) -> None:
+        """total = aᵀ @ b for the first block, total += aᵀ @ b for the others."""
         if self._matmul_dtype is not None:
-            total.add_(a.to(self._matmul_dtype).t() @ b.to(self._matmul_dtype))
+            product = a.to(self._matmul_dtype).t() @ b.to(self._matmul_dtype)
+            total.copy_(product) if first else total.add_(product)
+        elif first:
+            torch.mm(a.t(), b, out=total)
         else:
             total.addmm_(a.t(), b)

@@ -40,7 +40,7 @@ def step_gradients(
         acts = activation.value(pre_acts)
         x_hat = acts @ leaves.W_dec + leaves.b_dec
         sq_error = (x_hat - x).square().sum(dim=1)
-        norms = leaves.W_dec.norm(dim=1) if penalty.uses_decoder_norms else None
+        norms = torch.linalg.vector_norm(leaves.W_dec, dim=1) if penalty.uses_decoder_norms else None
         penalties = penalty.value(acts, norms).sum(dim=1)
         loss = (error_weight * sq_error + sparsity_weight * penalties).sum()
         loss.backward()

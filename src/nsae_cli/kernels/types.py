@@ -70,6 +70,9 @@ class Penalty(Protocol):
     def value(self, acts: torch.Tensor, decoder_norms: torch.Tensor | None) -> torch.Tensor:
         """φ(f_i, ν_i), element-wise [B, F], differentiable."""
 
+    def row_sums(self, acts: torch.Tensor, decoder_norms: torch.Tensor | None) -> torch.Tensor:
+        """S of each row [B]: the sum of `value` over the features."""
+
     def slopes(
         self, acts: torch.Tensor, decoder_norms: torch.Tensor | None
     ) -> tuple[torch.Tensor | float, torch.Tensor | float]:

@@ -104,7 +104,8 @@ def _require_same_options(name: str, manifest: Manifest, options: dict[str, Any]
 def _plan(resolved: ResolvedConfig, info: ModelInfo, corpus: Corpus, tokenizer: TextTokenizer) -> Plan:
     """Plans from the corpus's first documents, which also shows now whether it can be read at all."""
     documents = _until_stopped(corpus.documents())
-    sample = list(itertools.islice(documents, _SAMPLE_DOCUMENTS))
+    # How many tokens its text makes is asked only where the size of its text is known.
+    sample = list(itertools.islice(documents, 1 if corpus.text_bytes is None else _SAMPLE_DOCUMENTS))
     if not any(text.strip() for text in itertools.chain(sample, documents)):
         raise UsageError(f"corpus {corpus.name} is empty: it holds no text; give another --corpus")
     token_ids = [ids for batch in tokenizer.encode_batches(sample) for ids in batch]
@@ -213,7 +214,6 @@ def _write_shards(
                 reporter.note(f"expected time {duration_text(expected)}")
         if not shard.empty:
             writer.write(index, shard.take(), nonfinite_rows=0)
-        writer.wait()
 
 
 class _Clock:

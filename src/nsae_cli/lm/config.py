@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from nsae_cli.device import DeviceOption
 from nsae_cli.errors import UsageError
@@ -19,7 +19,7 @@ DEFAULT_TOKENS = 2_000_000
 DEFAULT_CONTEXT = 128
 
 # Tokens per forward pass: about where more brings no more speed (benchmarks/bench_collect.py).
-_BATCH_TOKENS = {"cpu": 2048, "mps": 8192, "cuda": 32768}
+_BATCH_TOKENS = {"cpu": 1024, "mps": 8192, "cuda": 32768}
 
 #: Largest shard. A shard is also the unit of resuming, and up to three of them are in memory.
 MAX_SHARD_ROWS = 65_536
@@ -79,13 +79,6 @@ class CollectConfig(BaseModel):
             return name if name is None else check_name(name)
         except UsageError as error:
             raise ValueError("expected letters, digits, '.', '_' and '-', at most 120") from error
-
-    @model_validator(mode="after")
-    def _fills_a_context(self) -> CollectConfig:
-        context = self.context or DEFAULT_CONTEXT
-        if self.packing and isinstance(self.tokens, int) and self.context is not None and self.tokens < context:
-            raise ValueError(f"--tokens {self.tokens}: expected at least one context ({context} tokens)")
-        return self
 
     def corpus_choice(self, embedded_model: bool) -> CorpusChoice:
         """The corpus and its companions, the default one where none is given."""

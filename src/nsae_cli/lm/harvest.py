@@ -9,6 +9,7 @@ or logit is computed, and ``resid_post`` of the last block is what the block ret
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -142,14 +143,14 @@ class Harvester:
             NumericalError: a value is not finite, or does not fit the storage dtype.
             ResourceError: the device's memory is too small for a batch.
         """
-        in_flight: _InFlight | None = None
+        ahead = 1 if self._device.type == "cuda" else 0
+        in_flight: deque[_InFlight] = deque()
         for batch in batches:
-            launched = self._launch(batch)
-            if in_flight is not None:
-                yield self._land(in_flight)
-            in_flight = launched
-        if in_flight is not None:
-            yield self._land(in_flight)
+            in_flight.append(self._launch(batch))
+            if len(in_flight) > ahead:
+                yield self._land(in_flight.popleft())
+        while in_flight:
+            yield self._land(in_flight.popleft())
 
     def _launch(self, contexts: Sequence[Context]) -> _InFlight:
         token_ids, keep = _pad(contexts)
@@ -200,7 +201,8 @@ class Harvester:
     def _check(self, batch: HarvestedBatch, largest: Tensor) -> None:
         finite = torch.isfinite(batch.norms)
         if not finite.all():
-            row, column = (int(i) for i in (~finite).nonzero()[0])
+            # The shallowest layer first: that is where it began.
+            column, row = (int(i) for i in (~finite).T.nonzero()[0])
             raise NumericalError(
                 f"layer {self._spec.norm_layers[column]}: a residual that is not finite at {self._place(batch, row)}; "
                 f"try another --model-dtype, or check the model's weights"

@@ -133,7 +133,7 @@ def artifact_name(reference: Mapping[str, Any] | str | None) -> str | None:
 
 def merged_source(artifact: Mapping[str, Any], source: Mapping[str, Any] | None) -> dict[str, Any]:
     """What `source_line` needs, from the artifact itself, else from `source`."""
-    keys = ("context_size", "packing", "bos")
+    keys = ("context_size", "packing", "bos", "embedded_note")
     return {key: (source or {}).get(key) if artifact.get(key) is None else artifact.get(key) for key in keys}
 
 
@@ -148,19 +148,21 @@ def source_line(source: Mapping[str, Any] | None) -> str:
     """Context length, packing and first token of the contexts that rows come from; says so where it is not recorded.
 
     Args:
-        source: a norms.json, a manifest, or any mapping with `context_size`, `packing` and `bos`.
+        source: a norms.json, a run.json, or any mapping with `context_size`, `packing`, `bos` and, for an embedded
+            model whose sink was placed, `embedded_note`.
     """
     source = source or {}
     size = source.get("context_size")
+    note = [str(source["embedded_note"])] if source.get("embedded_note") else []
     if size is None:
-        return "context length and packing not recorded"
+        return ", ".join(["context length and packing not recorded", *note])
     parts = [f"context {count(size)}"]
     packing = source.get("packing")
     parts.append("packing not recorded" if packing is None else "packed" if packing else "one document per context")
     bos = source.get("bos")
     if bos is not None:
         parts.append("each context begins with <|endoftext|>" if bos else "no <|endoftext|> put first")
-    return ", ".join(parts)
+    return ", ".join(parts + note)
 
 
 def short_labels(names: Sequence[str]) -> list[str]:

@@ -33,7 +33,8 @@ class WideTable:
         groups: value columns that are read together.
         title: one line above, bold; may be empty.
         note: lines below, dim; may be empty.
-        sections: row numbers after which a rule is drawn.
+        sections: row numbers after which a gap is left.
+        repeated: how many of the keys, from the left, later blocks repeat; None for all.
     """
 
     keys: Sequence[Column]
@@ -41,6 +42,7 @@ class WideTable:
     title: str = ""
     note: str = ""
     sections: frozenset[int] = field(default_factory=frozenset)
+    repeated: int | None = None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self.title:
@@ -58,37 +60,37 @@ class WideTable:
         for gap in (2, 1):
             if self._fits(every, gap, console, options):
                 return [self._table(every, gap)]
-        return [self._table(block, 2) for block in self._blocks(console, options)]
+        blocks = self._blocks(console, options)
+        return [self._table(block, 2, first=number == 0) for number, block in enumerate(blocks)]
 
-    def _fits(self, columns: Sequence[Column], gap: int, console: Console, options: ConsoleOptions) -> bool:
+    def _fits(
+        self, columns: Sequence[Column], gap: int, console: Console, options: ConsoleOptions, *, first: bool = True
+    ) -> bool:
         unlimited = options.update_width(10_000)
-        return Measurement.get(console, unlimited, self._table(columns, gap)).maximum <= options.max_width
+        return Measurement.get(console, unlimited, self._table(columns, gap, first=first)).maximum <= options.max_width
 
     def _blocks(self, console: Console, options: ConsoleOptions) -> Iterator[list[Column]]:
         block: list[Column] = []
+        first = True
         for group in self.groups:
-            if block and not self._fits([*block, *group], 2, console, options):
-                yield block
-                block = []
-            if self._fits(group, 2, console, options):
-                block += group
-                continue
-            for column in group:
-                if block and not self._fits([*block, column], 2, console, options):
+            together = self._fits(group, 2, console, options, first=False)
+            for part in [list(group)] if together else [[column] for column in group]:
+                if block and not self._fits([*block, *part], 2, console, options, first=first):
                     yield block
-                    block = []
-                block.append(column)
+                    block, first = [], False
+                block += part
         if block:
             yield block
 
-    def _table(self, columns: Sequence[Column], gap: int) -> Table:
+    def _table(self, columns: Sequence[Column], gap: int, *, first: bool = True) -> Table:
         # The box itself leaves one space between columns.
         table = Table(
             box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0), header_style="bold"
         )
-        every = [*self.keys, *columns]
+        keys = self.keys if first else self.keys[: self.repeated]
+        every = [*keys, *columns]
         for place, column in enumerate(every):
-            left = column.left or place < len(self.keys)
+            left = column.left or place < len(keys)
             table.add_column(Text(column.heading), justify="left" if left else "right", no_wrap=True, vertical="bottom")
         for row in range(len(every[0].cells) if every else 0):
             table.add_row(*[Text(column.cells[row]) for column in every], end_section=row in self.sections)

@@ -42,15 +42,20 @@ def norm_heatmap(norms: Mapping[str, Any], counts: np.ndarray, edges: np.ndarray
 
 
 def norm_heatmap_position0(
-    norms: Mapping[str, Any], counts: np.ndarray, position0_counts: np.ndarray, edges: np.ndarray
-) -> Figure:
+    norms: Mapping[str, Any], counts: np.ndarray, edges: np.ndarray, position0_counts: np.ndarray | None
+) -> Figure | None:
     """The heat map in two panels on common axes: positions ≥ 1, and position 0; each column of each panel sums to 1.
 
     Args:
         norms, counts, edges: as in `norm_heatmap`.
-        position0_counts: int [hooks, bins], the part of `counts` that sits at position 0. Only a store with positions
-            has them; the caller does not draw this figure otherwise.
+        position0_counts: int [hooks, bins], the part of `counts` that sits at position 0; None or all zero where the
+            store has no positions.
+
+    Returns:
+        None where there is no position 0 to set apart.
     """
+    if position0_counts is None or not np.any(position0_counts):
+        return None
     hooks = norms["hooks"]
     parts = [np.asarray(counts) - np.asarray(position0_counts), np.asarray(position0_counts)]
     proportions = [_proportions(part, None) for part in parts]
@@ -63,7 +68,7 @@ def norm_heatmap_position0(
         ):
             _draw(axes, hooks, proportion, edges, scale)
             totals = part.sum(axis=1)
-            tokens = fmt.count(int(totals.max())) if totals.any() else "no"
+            tokens = fmt.count(int(totals.max()))
             axes.set_title(f"{name} ({tokens} tokens{' per layer' if len(hooks) > 1 else ''})")
             _label_layers(axes, hooks)
         _set_norm_axis(panels[0], counts, edges)
@@ -169,6 +174,4 @@ def _caption(norms: Mapping[str, Any]) -> str:
     parts = [tokens, fmt.source_line(norms)]
     if name := fmt.artifact_name(norms.get("activations")):
         parts.append(f"activations {name}")
-    if norms.get("embedded_note"):
-        parts.append(str(norms["embedded_note"]))
     return " · ".join(parts)

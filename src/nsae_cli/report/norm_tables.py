@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,8 +42,6 @@ def _heading(norms: Mapping[str, Any]) -> Text:
     name = fmt.artifact_name(norms.get("activations")) or fmt.MISSING
     lines = [f"activations {name}, {fmt.count(rows[-1] if rows else None)} tokens"]
     lines.append(fmt.source_line(norms))
-    if norms.get("embedded_note"):
-        lines.append(str(norms["embedded_note"]))
     return Text.assemble((title, "bold"), "\n", ("\n".join(lines), "dim"))
 
 
@@ -156,7 +155,8 @@ def _probe(hooks: Sequence[Mapping[str, Any]]) -> RenderableType | None:
         )
         note = (
             "Median norm at position 0 ÷ median elsewhere: with the contexts as they are, with another first token, "
-            "and with another position's embedding at position 0. A sink needs what cannot be exchanged without losing it."
+            "and with another position's embedding at position 0. A sink needs what cannot be exchanged without "
+            "losing it."
         )
         return WideTable([_layers(probed)], [ratios, [verdict]], title=_PROBE_TITLE, note=note)
     lines = []
@@ -204,7 +204,7 @@ def _by_layer(title: str, hooks: Sequence[Mapping[str, Any]], lines: Sequence[st
 def _pre_flight(hooks: Sequence[Mapping[str, Any]]) -> RenderableType | None:
     """Relative sparsity weight of sinks and of the highest bin for each loss, and the effective batch fraction."""
     weights = [_weights(hook.get("alpha_eff")) for hook in hooks]
-    fractions = [_fractions(hook.get("esf")) for hook in hooks]
+    fractions = [defaultdict(dict, _fractions(hook.get("esf"))) for hook in hooks]
     parts: list[RenderableType] = []
     losses = list(dict.fromkeys(name for one in weights for name in one))
     if losses:
@@ -223,9 +223,9 @@ def _pre_flight(hooks: Sequence[Mapping[str, Any]]) -> RenderableType | None:
     if names:
         groups = []
         for name in names:
-            scopes = list(dict.fromkeys(scope for one in fractions for scope in one.get(name, {})))
+            scopes = list(dict.fromkeys(scope for one in fractions for scope in one[name]))
             groups.append([
-                Column(f"{'' if place else name}\n{scope}", [fmt.percent(one.get(name, {}).get(scope)) for one in fractions])
+                Column(f"{'' if place else name}\n{scope}", [fmt.percent(one[name].get(scope)) for one in fractions])
                 for place, scope in enumerate(scopes)
             ])  # fmt: skip
         if parts:

@@ -17,7 +17,8 @@ def store_summary(name: str, manifest: Mapping[str, Any]) -> Table:
     table = Table(title=f"Activations {name}", title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
-    table.add_row("model", f"{fmt.model_name(manifest.get('model'))}, computed in {manifest.get('model_dtype')}")
+    note = f" ({manifest['embedded_note']})" if manifest.get("embedded_note") else ""
+    table.add_row("model", f"{fmt.model_name(manifest.get('model'))}{note}, computed in {manifest.get('model_dtype')}")
     split = f", split {corpus['split']}" if corpus.get("split") else ""
     table.add_row("corpus", f"{corpus.get('name')}{split}")
     table.add_row("vectors", f"{', '.join(manifest['hooks'])}, {manifest['d_in']} wide, {manifest['dtype']}")

@@ -121,7 +121,7 @@ def add_header(figure: Figure, title: str, caption: str) -> None:
 def _wrapped(text: str, width: int) -> list[str]:
     lines: list[str] = []
     for paragraph in text.split("\n"):
-        lines += textwrap.wrap(paragraph, max(width, 10)) if paragraph else []
+        lines += textwrap.wrap(paragraph, max(width, 10), break_on_hyphens=False) if paragraph else []
     return lines
 
 

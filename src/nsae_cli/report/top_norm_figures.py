@@ -106,7 +106,7 @@ def compare_histograms(
         highest = 0.0
         for axes, (label, arrays, _) in zip(panels, saes, strict=False):
             highest = max(highest, _draw(axes, arrays, quantity, split, bins, log))
-            axes.set_title(fmt.folded(label, 44), fontweight="bold")
+            axes.set_title(fmt.folded(label, 30), fontweight="bold")
         for place, axes in enumerate(panels):
             if place >= len(saes):
                 axes.set_visible(False)

@@ -11,7 +11,7 @@ from rich.text import Text
 from nsae_cli.report import format as fmt
 from nsae_cli.report.layout import Column, WideTable
 
-_KINDS = (("position0", "position 0"), ("special", "other special tokens"), ("ordinary", "ordinary tokens"))
+_KINDS = (("position0", "position 0"), ("special", "other special"), ("ordinary", "ordinary"))
 Part = Mapping[str, Any]
 
 

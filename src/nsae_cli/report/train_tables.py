@@ -36,18 +36,19 @@ def train_table(
 
     Args:
         runs: run.json of each SAE.
-        labels: a name for each row, where the options shown do not tell the rows apart.
+        labels: the name of each SAE. What all names have in common up to a ``/`` goes to the title.
         source: where `context_size`, `packing`, `bos` of the activations are to be found (manifest or norms.json).
     """
     if not runs:
         return Text("no trained SAE")
-    keys = [Column("name", list(labels))] if labels is not None else []
+    shared, names = _split(labels)
+    keys = [Column("name", names)] if names else []
     layers = [fmt.layer_of(run.get("hook")) for run in runs]
     keys.append(Column("layer", [fmt.MISSING if layer is None else str(layer) for layer in layers]))
     keys += [Column("act", _option(runs, "act")), Column("l2-norm", _option(runs, "l2_norm"))]
     for key, heading in _VARYING:
         cells = _option(runs, key)
-        if len(set(cells)) > 1:
+        if len(set(cells)) > 1 and not (key == "decoder" and _usual_decoders(runs)):
             keys.append(Column(heading, cells))
     groups = [
         [Column("L0\nns", _metric(runs, "ns", "l0")), Column("\nsinks", _metric(runs, "sinks", "l0"))],
@@ -73,8 +74,27 @@ def train_table(
         extra.insert(0, f"{fmt.count(held_out)} held-out tokens")
     if inputs:
         extra.insert(0, f"activations {', '.join(inputs)}")
-    table = WideTable(keys, groups, title="Trained SAEs" if len(runs) > 1 else "Trained SAE", note=note)
+    title = " ".join(part for part in ("Trained SAEs" if len(runs) > 1 else "Trained SAE", shared) if part)
+    table = WideTable(keys, groups, title=title, note=note, repeated=1 if names else None)
     return Group(table, Text(" · ".join(extra), style="dim")) if extra else table
+
+
+def _split(labels: Sequence[str] | None) -> tuple[str, list[str]]:
+    """The folder that all names share, and the rest of each; one name is all shared."""
+    if not labels:
+        return "", []
+    if len(labels) == 1:
+        return labels[0], []
+    folders = {label.rpartition("/")[0] for label in labels}
+    if len(folders) > 1 or "" in folders:
+        return "", list(labels)
+    return folders.pop(), [label.rpartition("/")[2] for label in labels]
+
+
+def _usual_decoders(runs: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether every decoder is the default of its activation, so that a column would say nothing new."""
+    usual = {("relu", "unit"), ("tanh-relu", "free")}
+    return set(zip(_option(runs, "act"), _option(runs, "decoder"), strict=True)) <= usual
 
 
 def _activations(run: Mapping[str, Any]) -> str | None:

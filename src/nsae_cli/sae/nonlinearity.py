@@ -22,7 +22,8 @@ class Relu:
         return pre_acts.relu_()
 
     def scale_by_derivative_(self, gradient: torch.Tensor, acts: torch.Tensor) -> torch.Tensor:
-        return gradient.mul_(acts > 0)
+        # One pass without a mask in memory, as autograd's own backward of relu.
+        return torch.ops.aten.threshold_backward(gradient, acts, 0, grad_input=gradient)
 
     def derivative(self, acts: torch.Tensor) -> torch.Tensor:
         """act'(pre_acts), from acts."""
@@ -43,7 +44,8 @@ class TanhRelu:
         return pre_acts.relu_().tanh_()
 
     def scale_by_derivative_(self, gradient: torch.Tensor, acts: torch.Tensor) -> torch.Tensor:
-        return gradient.mul_(self.derivative(acts))
+        torch.ops.aten.tanh_backward(gradient, acts, grad_input=gradient)
+        return torch.ops.aten.threshold_backward(gradient, acts, 0, grad_input=gradient)
 
     def derivative(self, acts: torch.Tensor) -> torch.Tensor:
         """act'(pre_acts), from acts."""

@@ -26,6 +26,9 @@ class L1:
     def value(self, acts: torch.Tensor, decoder_norms: torch.Tensor | None) -> torch.Tensor:
         return acts
 
+    def row_sums(self, acts: torch.Tensor, decoder_norms: torch.Tensor | None) -> torch.Tensor:
+        return acts.sum(dim=1)
+
     def slopes(self, acts: torch.Tensor, decoder_norms: torch.Tensor | None) -> Slopes:
         return 1.0, 0.0
 
@@ -40,6 +43,10 @@ class L1DecoderNorm:
     def value(self, acts: torch.Tensor, decoder_norms: torch.Tensor | None) -> torch.Tensor:
         assert decoder_norms is not None
         return acts * decoder_norms
+
+    def row_sums(self, acts: torch.Tensor, decoder_norms: torch.Tensor | None) -> torch.Tensor:
+        assert decoder_norms is not None
+        return acts @ decoder_norms
 
     def slopes(self, acts: torch.Tensor, decoder_norms: torch.Tensor | None) -> Slopes:
         assert decoder_norms is not None
@@ -56,6 +63,9 @@ class TanhPenalty:
     def value(self, acts: torch.Tensor, decoder_norms: torch.Tensor | None) -> torch.Tensor:
         assert decoder_norms is not None
         return torch.tanh(TANH_SLOPE * acts * decoder_norms)
+
+    def row_sums(self, acts: torch.Tensor, decoder_norms: torch.Tensor | None) -> torch.Tensor:
+        return self.value(acts, decoder_norms).sum(dim=1)
 
     def slopes(self, acts: torch.Tensor, decoder_norms: torch.Tensor | None) -> Slopes:
         assert decoder_norms is not None

@@ -44,6 +44,10 @@ class HookRows:
         """Some of the rows."""
         return HookRows(self.x[index], self.norm[index], self.group[index], self.zero[index])
 
+    def to(self, device: torch.device) -> HookRows:
+        """The rows on a device."""
+        return HookRows(self.x.to(device), self.norm.to(device), self.group.to(device), self.zero.to(device))
+
     @staticmethod
     def cat(parts: Sequence[HookRows]) -> HookRows:
         """Rows one after the other."""

@@ -73,7 +73,8 @@ def _describe_disk_error(error: Exception, path: Path) -> str:
         return f"no permission: {what}; choose a writable folder with --workspace"
     if code in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST):
         return f"the folder is missing or not a folder: {what}; check --workspace"
-    return f"{what}: {text.splitlines()[0] if text else type(error).__name__}; check the disk and run the same command again"
+    reason = text.splitlines()[0] if text else type(error).__name__
+    return f"{what}: {reason}; check the disk and run the same command again"
 
 
 def make_folder(folder: Path) -> None:
@@ -197,4 +198,6 @@ def read_json(path: Path) -> Any:
         return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constants)
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
-        raise ArtifactError(f"{path} is not valid JSON ({reason}); the file is damaged, make the artifact again") from error
+        raise ArtifactError(
+            f"{path} is not valid JSON ({reason}); the file is damaged, make the artifact again"
+        ) from error

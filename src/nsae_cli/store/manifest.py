@@ -114,7 +114,9 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
             raise ArtifactError(
                 f"{folder.name}: collect is not finished ({done} shards so far); run the same `nsae collect` again"
             )
-        raise ArtifactError(f"{folder} holds no {MANIFEST}: it is not an activation store; make one with `nsae collect`")
+        raise ArtifactError(
+            f"{folder} holds no {MANIFEST}: it is not an activation store; make one with `nsae collect`"
+        )
     try:
         manifest = Manifest.model_validate(read_json(path))
     except ValidationError as error:

@@ -81,7 +81,7 @@ def load_sae(path: Path | str) -> SavedSae:
     run, config = commit.read_json(folder / RUN), commit.read_json(folder / CONFIG)
     if not isinstance(run, dict) or run.get("format_version") != FORMAT_VERSION:
         raise ArtifactError(f"{folder / RUN} is not of format {FORMAT_VERSION}; it was written by another nsae")
-    act = _ACTS.get(config.get("architecture") if isinstance(config, dict) else None)
+    act = _ACTS.get(str(config.get("architecture"))) if isinstance(config, dict) else None
     if act is None:
         raise ArtifactError(f"{folder / CONFIG}: unknown architecture; nsae knows {', '.join(_ACTS)}")
     return SavedSae(SparseAutoencoder(act, _read_weights(folder, config, run)), run, folder)

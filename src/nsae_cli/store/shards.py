@@ -75,7 +75,8 @@ class StoreWriter:
 
     def wait(self) -> None:
         """Waits until everything queued is durable."""
-        self._queue.put(None)
+        if self._thread.is_alive():
+            self._queue.put(None)
         self._thread.join()
         self._raise_failure()
 
@@ -97,6 +98,8 @@ class StoreWriter:
 
     def abandon(self) -> None:
         """Stops the background thread after the shard in hand; what is durable stays for the next run."""
+        if not self._thread.is_alive():
+            return
         with contextlib.suppress(queue.Full):
             self._queue.put(None, timeout=60)
         self._thread.join(timeout=60)
@@ -228,7 +231,9 @@ class ActivationStore:
             with safe_open(path, framework="pt", backend="pread") as file:
                 yield file
         except (SafetensorError, OSError) as error:
-            raise ArtifactError(f"{path}: not a readable safetensors file ({str(error).splitlines()[0]}); {redo}") from error
+            raise ArtifactError(
+                f"{path}: not a readable safetensors file ({str(error).splitlines()[0]}); {redo}"
+            ) from error
 
     def read(self, shard: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Reads tensors of one shard, their hashes checked the first time that this version of the file is read.
@@ -253,6 +258,7 @@ class ActivationStore:
 
     def _check(self, entry: ShardEntry, name: str, tensor: torch.Tensor) -> None:
         shape: tuple[int, ...]
+        dtypes: tuple[torch.dtype, ...]
         if name in self.manifest.hooks:
             shape, dtypes = (entry.rows, self.manifest.d_in), (self.manifest.torch_dtype,)
         elif name == "norms":

@@ -64,7 +64,10 @@ class Workspace:
     def complete(self, kind: Kind) -> Iterator[Artifact]:
         """All complete artifacts of a kind, newest first. An SAE group yields its cells as NAME/CELL."""
         found = []
-        for mark in (*self.root.glob(f"{kind.folder}/*/{kind.mark}"), *self.root.glob(f"{kind.folder}/*/*/{kind.mark}")):
+        for mark in (
+            *self.root.glob(f"{kind.folder}/*/{kind.mark}"),
+            *self.root.glob(f"{kind.folder}/*/*/{kind.mark}"),
+        ):
             found.append(Artifact(kind, mark.parent.relative_to(self.root / kind.folder).as_posix(), mark.parent))
         yield from sorted(found, key=lambda artifact: (-artifact.finished_at(), artifact.name))
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
+from nsae_cli.device import DeviceOption
 from nsae_cli.errors import UsageError
 from nsae_cli.sae.objective import DEFAULT_ALPHA, DEFAULT_DECODER, refused_combination
 from nsae_cli.values import Fraction, Size, split_list
@@ -71,7 +72,7 @@ class TrainOptions(BaseModel):
     dead_window: Size = Field(262_144, gt=0, description="tokens after which a silent feature counts as dead")
     buffer: Size = Field(524_288, gt=0, description="rows that are mixed in memory")
     seed: Annotated[list[Size], _Split] = Field([0], description="of data order, initialisation and noise")
-    device: str = "auto"
+    device: DeviceOption = "auto"
     deterministic: bool = False
     checkpoint_every: Annotated[str | int, BeforeValidator(parse_interval)] = "300s"
 
@@ -137,36 +138,50 @@ def expand_cells(options: TrainOptions, hooks: list[str], d_in: int, epoch_rows:
         raise UsageError("--d-sae and --expansion-factor both set the number of features; give one of them")
     widths = options.d_sae or [round(factor * d_in) for factor in options.expansion_factor or [8.0]]
     tokens = options.tokens or max(epoch_rows, DEFAULT_MIN_STEPS * options.batch_size)
-    problems: list[str] = []
+    problems: dict[str, None] = {}
     if tokens < options.batch_size:
-        problems.append(f"--tokens {tokens:,} is less than one batch of {options.batch_size:,} rows")
-    if any(width < 1 for width in widths):
-        problems.append(f"--d-sae {min(widths)}: expected at least 1")
+        problems[f"--tokens {tokens:,} is less than one batch of {options.batch_size:,} rows"] = None
+    if min(widths) < 1:
+        problems[f"--d-sae {min(widths)}: expected at least 1"] = None
+    axes: dict[str, list[Any]] = {
+        "hook": hooks,
+        "act": list(options.act),
+        "l2_norm": list(options.l2_norm),
+        "l1_norm": list(options.l1_norm),
+        "decoder": list(options.decoder or [None]),
+        "sparsity": list(options.sparsity),
+        "alpha": list(options.alpha or [None]),
+        "alpha_scale": list(options.alpha_scale),
+        "noise": options.noise,
+        "d_sae": widths,
+        "lr": list(options.lr or [None]),
+        "sinks": list(options.sinks),
+        "seed": options.seed,
+    }
+    shared = options.model_dump(include=set(CellConfig.model_fields) - set(axes))
+    shared |= {"tokens": tokens, "lr_decay": LR_DECAY}
     cells: dict[str, CellConfig] = {}
-    grid = itertools.product(
-        hooks, options.act, options.l2_norm, options.l1_norm, options.decoder or [None], options.sparsity,
-        options.alpha or [None], options.alpha_scale, options.noise, widths, options.lr or [None], options.sinks,
-        options.seed,
-    )  # fmt: skip
-    for hook, act, l2, l1, decoder, sparsity, alpha, alpha_scale, noise, width, lr, sinks, seed in grid:
-        decoder = decoder or DEFAULT_DECODER[act]
-        reason = refused_combination(act, decoder, sparsity)
+    for values in itertools.product(*axes.values()):
+        cell = _with_defaults(dict(zip(axes, values, strict=True)))
+        reason = refused_combination(cell["act"], cell["decoder"], cell["sparsity"])
         if reason is not None:
-            if reason not in problems:
-                problems.append(reason)
-            continue
-        cell = CellConfig(
-            hook=hook, act=act, l2_norm=l2, l1_norm=l1, decoder=decoder, sparsity=sparsity,
-            alpha=DEFAULT_ALPHA[act] if alpha is None else alpha, alpha_scale=alpha_scale,
-            alpha_warm_up=options.alpha_warm_up, noise=noise, d_sae=max(1, width), tokens=tokens,
-            batch_size=options.batch_size, lr=lr or default_lr(max(1, width)), lr_warm_up=options.lr_warm_up,
-            lr_decay=LR_DECAY, clip=options.clip, input_scale=options.input_scale, sinks=sinks,
-            dead_window=options.dead_window, buffer=options.buffer, seed=seed, deterministic=options.deterministic,
-        )  # fmt: skip
-        cells[_cell_name(cell, options)] = cell
+            problems[reason] = None
+        elif not problems:
+            config = CellConfig.model_validate(shared | cell)
+            cells[_cell_name(config, options)] = config
     if problems:
-        raise UsageError.from_problems(problems)
+        raise UsageError.from_problems(list(problems))
     return cells
+
+
+def _with_defaults(cell: dict[str, Any]) -> dict[str, Any]:
+    """Fills in what depends on the activation or the width."""
+    defaults = {
+        "decoder": DEFAULT_DECODER[cell["act"]],
+        "alpha": DEFAULT_ALPHA[cell["act"]],
+        "lr": default_lr(cell["d_sae"]),
+    }
+    return cell | {key: default for key, default in defaults.items() if cell[key] is None}
 
 
 def _cell_name(cell: CellConfig, options: TrainOptions) -> str:

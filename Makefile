@@ -1,0 +1,39 @@
+# make demo   from a fresh clone to the first answer, offline after the installation
+# make test   the whole test suite, with lint and types
+# Both create .venv with pinned versions (constraints.txt). PYTHON and PIP_ARGS can be set on the command line.
+
+PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
+PIP_ARGS ?=
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
+
+.PHONY: demo test lint clean
+
+demo: .venv/demo.stamp
+	$(BIN)/nsae run experiments/001-quickstart/config.yaml
+
+test: .venv/test.stamp lint
+	$(BIN)/python -m pytest
+
+lint: .venv/test.stamp
+	$(BIN)/ruff check src tests benchmarks experiments
+	$(BIN)/ruff format --check src tests benchmarks experiments
+	$(BIN)/mypy
+
+.venv/demo.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "installing nsae and its dependencies into .venv (several minutes the first time)"
+	$(INSTALL) --editable .
+	@touch $@
+
+.venv/test.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "installing nsae, its dependencies and the test tools into .venv (several minutes the first time)"
+	$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "nsae needs Python 3.11, 3.12 or 3.13 (set PYTHON=…)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

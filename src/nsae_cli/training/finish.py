@@ -1,0 +1,108 @@
+"""From a trained cell to a saved SAE: held-out metrics, weights, run.json."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+
+import nsae_cli
+from nsae_cli.assets import embedded_note
+from nsae_cli.reporter import Reporter
+from nsae_cli.store import commit
+from nsae_cli.store.batches import held_out_rows
+from nsae_cli.store.profile import HookProfile
+from nsae_cli.store.sae_folder import FORMAT_VERSION, write_run, write_sae
+from nsae_cli.store.shards import ActivationStore
+from nsae_cli.training.cell import Cell
+from nsae_cli.training.evaluate import evaluate
+from nsae_cli.training.plan import TrainPlan
+
+# L1 has stopped measuring sparsity when acts are this small and decoder rows this long, in scaled units.
+_GAMED_MEAN_ACT, _GAMED_DECODER_NORM = 0.1, 5.0
+
+
+def finish_cell(plan: TrainPlan, name: str, cell: Cell, profile: HookProfile, reporter: Reporter) -> dict[str, Any]:
+    """Evaluates and saves one cell; its run.json, written last, marks it as complete. Returns run.json."""
+    folder, config = plan.cell_folder(name), cell.config
+    sae = cell.saved_sae()
+    metrics, density = evaluate(
+        sae,
+        cell.objective,
+        config.decoder == "unit",
+        lambda batch: held_out_rows(plan.store, profile, plan.contexts, batch),
+    )
+    if not metrics["all"]["tokens"]:
+        reporter.warn(f"{plan.store.name} has fewer than 20 contexts: no rows are held out, so {name} has no metrics")
+    write_sae(folder, sae, _sae_lens_metadata(plan.store, config.hook))
+    commit.write_tensors(folder / "features.safetensors", {"density": density.float()})
+    warning = gamed_sparsity(cell, metrics)
+    if warning:
+        reporter.warn(f"{name}: {warning}")
+    document = {
+        **_describe(plan, cell, profile),
+        "metrics": metrics,
+        "weights_sha256": {key: commit.tensor_sha256(tensor) for key, tensor in sae.weights.named().items()},
+        "warnings": [warning] if warning else [],
+    }
+    write_run(folder, document)
+    return document
+
+
+def gamed_sparsity(cell: Cell, metrics: dict[str, Any]) -> str | None:
+    """A sentence if L1 no longer measures sparsity (mean act < .1 and max ‖d_i‖ > 5 in scaled units), else None."""
+    objective = cell.objective
+    if objective.sparsity != "l1" or not metrics["ns"]["l0"]:
+        return None
+    to_scaled = objective.input_scale if objective.nonlinearity.homogeneous else 1.0
+    mean_act = to_scaled * metrics["ns"]["l1"] / metrics["ns"]["l0"]
+    longest = float(cell.weights.W_dec.norm(dim=1).max())
+    if mean_act >= _GAMED_MEAN_ACT or longest <= _GAMED_DECODER_NORM:
+        return None
+    return (
+        f"L1 no longer measures sparsity: mean act {mean_act:.2g}, longest decoder row {longest:.2g} (scaled units); "
+        "use --noise 0.1, --sparsity l1-decoder-norm or --decoder bounded"
+    )
+
+
+def _sae_lens_metadata(store: ActivationStore, hook: str) -> dict[str, Any]:
+    manifest = store.manifest
+    return {
+        "model_name": manifest.model,
+        "hook_name": hook,
+        "context_size": manifest.context_size,
+        "dataset_path": (manifest.corpus or {}).get("name"),
+        "prepend_bos": manifest.bos,
+        "model_from_pretrained_kwargs": {"center_writing_weights": False},
+    }
+
+
+def _describe(plan: TrainPlan, cell: Cell, profile: HookProfile) -> dict[str, Any]:
+    config, manifest, thresholds = cell.config, plan.store.manifest, profile.thresholds
+    return {
+        "format_version": FORMAT_VERSION,
+        "config": config.model_dump(),
+        "inputs": {"activations": plan.identity()["activations"]},
+        "versions": {"nsae": nsae_cli.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "model": manifest.model,
+        "embedded_note": embedded_note(manifest.model),
+        "context_size": manifest.context_size,
+        "packing": manifest.packing,
+        "bos": manifest.bos,
+        "hook": config.hook,
+        "d_in": manifest.d_in,
+        "d_sae": config.d_sae,
+        "alpha": config.alpha,
+        "beta": cell.objective.beta,
+        "input_scale": cell.objective.input_scale,
+        "norm_scale": profile.norm_scale,
+        "edges": None if profile.edges is None else profile.edges.tolist(),
+        "sinks": {
+            **profile.sink_counts.to_json(),
+            "median": thresholds.median,
+            "median_position0": thresholds.median_position0,
+            "median_elsewhere": thresholds.median_elsewhere,
+        },
+        "counts": {"tokens": config.steps * config.batch_size, "steps": config.steps, "zero_rows": cell.zero_rows},
+    }
