@@ -92,9 +92,11 @@ def test_the_source_says_what_was_not_recorded() -> None:
         fmt.source_line({"context_size": 1024, "packing": None, "bos": None}) == "context 1,024, packing not recorded"
     )
     merged = fmt.merged_source(
-        {"context_size": 128, "packing": None}, {"context_size": 9, "packing": False, "bos": True}
+        {"context_size": 128, "packing": None, "embedded_note": "placed"},
+        {"context_size": 9, "packing": False, "bos": True},
     )
-    assert merged == {"context_size": 128, "packing": False, "bos": True}
+    assert merged == {"context_size": 128, "packing": False, "bos": True, "embedded_note": "placed"}
+    assert fmt.source_line(merged).endswith("each context begins with <|endoftext|>, placed")
 
 
 def test_labels_lose_what_they_share_and_stay_distinct() -> None:

@@ -117,6 +117,16 @@ def test_tanh_relu_codes_like_relu_until_it_saturates() -> None:
     assert counts[2.0][1] < counts[6.0][1] < counts[12.0][1]
 
 
+@pytest.mark.parametrize(("p", "q"), every_pq)
+def test_rows_k_times_longer_pay_a_kth_of_the_price(p: int, q: int) -> None:
+    """What a free decoder can do: rows as long as their tokens, κ ∝ n, take one power of n from the L1 term."""
+    n, kappa, W_dec = 3.0, 5.0, dictionary()
+    long = free_code(make(p=p, q=q, beta=0.4), one_token(n), kappa * W_dec)
+    unit = free_code(make(p=p, q=q, beta=0.4 / kappa), one_token(n), W_dec)
+    assert unit.count_nonzero() > 0
+    torch.testing.assert_close(kappa * long, unit, rtol=1e-5, atol=1e-7)
+
+
 class OneDirection:
     """A token x = n·u and unit features, tied along u: W_enc,i = g_i·u, and the g_i (gains) are what is learnt."""
 

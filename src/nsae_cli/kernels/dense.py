@@ -11,8 +11,8 @@ import torch
 from nsae_cli.kernels.types import Activation, Penalty, StepResult, Weights
 
 #: Rows per block are chosen so that one [rows, F] float32 buffer takes at most this many bytes.
-_BLOCK_BYTES = 64 * 2**20
-_MIN_BLOCK_ROWS = 256
+_BLOCK_BYTES = 32 * 2**20
+_MIN_BLOCK_ROWS = 512
 
 
 class DenseStep:

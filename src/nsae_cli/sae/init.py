@@ -14,7 +14,12 @@ from nsae_cli.kernels.types import Weights
 from nsae_cli.sae.nonlinearity import NONLINEARITIES
 
 _WEISZFELD_STEPS = 100
-_BISECTIONS = 60
+#: Rows on which the one factor is set: a batch.
+_FACTOR_ROWS = 2048
+#: Entries of acts that are in memory at a time.
+_ACTS_ENTRIES = 2**22
+_SOLVER_STEPS = 40
+_SOLVER_TOLERANCE = 1e-5
 
 
 def geometric_median(rows: torch.Tensor) -> torch.Tensor:
@@ -33,56 +38,71 @@ def geometric_median(rows: torch.Tensor) -> torch.Tensor:
 
 
 def initialise(
-    act: str, decoder: str, d_sae: int, batch: torch.Tensor, non_sinks: torch.Tensor, generator: torch.Generator
+    act: str, decoder: str, d_sae: int, batch: torch.Tensor, b_dec: torch.Tensor, generator: torch.Generator
 ) -> Weights:
-    """Initial weights in the units of `batch`, float32 on its device.
+    """Initial weights in the units of `batch`, float32.
 
-    Rows of W_dec are random unit vectors and W_enc = W_decᵀ; b_dec is the geometric median of the non-sink rows and
-    b_enc = −b_dec @ W_enc, so that pre_acts = (x − b_dec) @ W_enc. One factor, on W_enc (decoder unit, bounded) or on
-    W_dec (free), is set so that Σ‖x̂ − b_dec‖ = Σ‖x − b_dec‖ over the batch.
+    Rows of W_dec are random unit vectors, W_enc = W_decᵀ and b_enc = −b_dec @ W_enc, so that
+    pre_acts = (x − b_dec) @ W_enc. One factor, on W_enc (decoder unit, bounded) or on W_dec (free), is set so that
+    Σ‖x̂ − b_dec‖ = Σ‖x − b_dec‖ over the batch. tanh-relu with a bounded decoder cannot be longer than its saturated
+    features make it; where that is too short, the factor reaches all but 1 % of it.
 
     Args:
         act: name of the activation.
         decoder: ``unit``, ``free`` or ``bounded``.
         d_sae: number of features F.
-        batch: scaled rows x' [N, d].
-        non_sinks: which of them are no sinks [N], bool.
+        batch: scaled rows x' [N, d] on the CPU; the first 2048 are used.
+        b_dec: where x̂ starts from, in the same units [d]: the geometric median of the non-sink rows.
         generator: CPU generator of the random rows.
     """
-    d_in = batch.shape[1]
-    rows = batch[non_sinks] if bool(non_sinks.any()) else batch
-    W_dec = torch.randn(d_sae, d_in, generator=generator, dtype=torch.float64).to(batch.device)
-    W_dec /= torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
-    W_enc = W_dec.t().clone()
-    b_dec = geometric_median(rows)
-    centred = batch.double() - b_dec
-    projected = centred @ W_enc
-    target = torch.linalg.vector_norm(centred, dim=1).sum()
+    batch = batch[:_FACTOR_ROWS]
+    W_dec = torch.randn(d_sae, batch.shape[1], generator=generator, dtype=torch.float64)
+    W_dec = (W_dec / torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)).float()
+    W_enc = W_dec.t().contiguous()
+    b_dec = b_dec.double()
+    centred = (batch.double() - b_dec).float()
+    target = float(torch.linalg.vector_norm(centred.double(), dim=1).sum())
     nonlinearity = NONLINEARITIES[act]
 
-    def length(encoder_factor: float) -> torch.Tensor:
-        acts = nonlinearity.value(projected * encoder_factor)
-        return torch.linalg.vector_norm(acts @ W_dec, dim=1).sum()
+    def length(encoder_factor: float) -> float:
+        """Σ‖x̂ − b_dec‖ over the batch with the factor on W_enc."""
+        rows = centred.split(max(1, _ACTS_ENTRIES // d_sae))
+        x_hat = (nonlinearity.value_((part @ W_enc).mul_(encoder_factor)) @ W_dec for part in rows)
+        return sum(float(torch.linalg.vector_norm(part.double(), dim=1).sum()) for part in x_hat)
 
-    if float(target) > 0:
+    # Where no feature fires on the batch no factor helps, and W_dec's unit rows are as good as any.
+    if target > 0 and length(1.0) > 0:
         if decoder == "free":
-            W_dec = W_dec * (target / length(1.0)).item()
+            W_dec.mul_(target / length(1.0))
         elif nonlinearity.homogeneous:
-            W_enc = W_enc * (target / length(1.0)).item()
+            W_enc.mul_(target / length(1.0))
         else:
-            W_enc = W_enc * _solve_increasing(length, float(target))
-    b_enc = -(b_dec @ W_enc)
-    return Weights(*(tensor.float().contiguous() for tensor in (W_enc, b_enc, W_dec, b_dec)))
+            W_enc.mul_(_solve_increasing(length, target))
+    b_enc = -(W_enc.t().double() @ b_dec)
+    return Weights(W_enc, b_enc.float(), W_dec, b_dec.float())
 
 
-def _solve_increasing(length: Callable[[float], torch.Tensor], target: float) -> float:
-    """The factor at which an increasing, bounded function reaches the target (or all but 1 % of its bound)."""
-    low, high = 1e-6, 1e6
-    target = min(target, 0.99 * float(length(high)))
-    for _ in range(_BISECTIONS):
-        middle = (low * high) ** 0.5
-        if float(length(middle)) < target:
-            low = middle
+def _solve_increasing(length: Callable[[float], float], target: float) -> float:
+    """The factor at which an increasing, concave, bounded function reaches the target (or all but 1 % of its bound)."""
+    low, high = 0.0, 1.0
+    bound = length(1e6)
+    target = min(target, 0.99 * bound)
+    while (at_high := length(high)) < target:
+        low, high = high, 2 * high
+    at_low = length(low) if low else 0.0
+    # Illinois' variant of regula falsi: never leaves the bracket, and needs about eight evaluations.
+    side = 0
+    below, above = at_low - target, at_high - target
+    factor = high
+    for _ in range(_SOLVER_STEPS):
+        factor = (low * above - high * below) / (above - below)
+        difference = length(factor) - target
+        if abs(difference) <= _SOLVER_TOLERANCE * target:
+            break
+        if difference < 0:
+            low, below, above = factor, difference, above / 2 if side < 0 else above
+            side = -1
         else:
-            high = middle
-    return (low * high) ** 0.5
+            high, above, below = factor, difference, below / 2 if side > 0 else below
+            side = 1
+    return factor

@@ -48,9 +48,15 @@ class HookRows:
         """The rows on a device."""
         return HookRows(self.x.to(device), self.norm.to(device), self.group.to(device), self.zero.to(device))
 
+    def copy(self) -> HookRows:
+        """The same rows in memory of their own."""
+        return HookRows(self.x.clone(), self.norm.clone(), self.group.clone(), self.zero.clone())
+
     @staticmethod
     def cat(parts: Sequence[HookRows]) -> HookRows:
-        """Rows one after the other."""
+        """Rows one after the other; a single part is returned as it is."""
+        if len(parts) == 1:
+            return parts[0]
         return HookRows(
             torch.cat([part.x for part in parts]),
             torch.cat([part.norm for part in parts]),
@@ -66,8 +72,8 @@ def read_rows(store: ActivationStore, profile: HookProfile, shard: int, keep: to
     """The rows of a shard that `keep` [rows] selects, with norms and groups."""
     norms = store.norms(shard, profile.hook)
     groups = profile.groups(norms, profile.flags(shard, norms).any)
-    x = store.read(shard, [profile.hook])[profile.hook]
-    return HookRows(x[keep], norms[keep], groups[keep], profile.is_zero(norms)[keep])
+    x = store.read_rows(shard, profile.hook, keep)
+    return HookRows(x, norms[keep], groups[keep], profile.is_zero(norms)[keep])
 
 
 @dataclass
@@ -102,20 +108,33 @@ class BatchStream:
         return first.training_rows - (first.training_sinks if self.drop_sinks else 0)
 
     def batches(self, first_step: int) -> Iterator[Batch]:
-        """Endless batches, beginning with the one of step `first_step` (0-based). Epochs follow without a gap."""
+        """Endless batches, beginning with the one of step `first_step` (0-based). Epochs follow without a gap.
+
+        A batch may be a view of the window that is in memory: it is to be used before the next one is taken.
+        """
         epoch, skip = divmod(first_step * self.batch_size, self.rows_per_epoch)
         carried: dict[str, list[HookRows]] = {profile.hook: [] for profile in self.profiles}
         while True:
             for window in self._windows(epoch):
-                keep = {shard: self._keep(shard) for shard in window}
-                rows = sum(int(mask.sum()) for mask in keep.values())
-                if skip >= rows:
-                    skip -= rows
+                order = self._order(epoch, window)
+                if skip >= len(order):
+                    skip -= len(order)
                     continue
-                order = self._order(epoch, window, keep)[skip:]
+                yield from self._cut(carried, self._load(window, order[skip:]), len(order) - skip)
                 skip = 0
-                yield from self._cut(carried, self._load(window, keep), order)
             epoch += 1
+
+    def first_rows(self, count: int) -> Batch:
+        """The rows that `batches` begins with: `count` of them, but at most one epoch."""
+        parts: dict[str, list[HookRows]] = {profile.hook: [] for profile in self.profiles}
+        for window in self._windows(0):
+            order = self._order(0, window)[:count]
+            count -= len(order)
+            for hook, rows in self._load(window, order).items():
+                parts[hook].append(rows)
+            if count == 0:
+                break
+        return {hook: HookRows.cat(rows) for hook, rows in parts.items()}
 
     def _windows(self, epoch: int) -> Iterator[list[int]]:
         sizes = [entry.rows for entry in self.store.manifest.shards]
@@ -137,36 +156,55 @@ class BatchStream:
             keep &= ~profile.flags(shard, self.store.norms(shard, profile.hook)).any
         return keep
 
-    def _order(self, epoch: int, window: list[int], keep: dict[int, torch.Tensor]) -> torch.Tensor:
-        """Indices into the window's kept rows, in shuffled order."""
-        mask = torch.cat([keep[shard] for shard in window])
+    def _order(self, epoch: int, window: list[int]) -> torch.Tensor:
+        """The window's training rows in shuffled order, as indices into the rows of its shards, int64."""
+        keep = torch.cat([self._keep(shard) for shard in window])
         generator = torch.Generator().manual_seed(stable_seed("rows", self.seed, epoch, window[0]))
         # All rows are permuted, then the unwanted taken out: dropping sinks does not reshuffle the others.
-        order = torch.randperm(len(mask), generator=generator)
-        index_among_kept = mask.long().cumsum(0) - 1
-        return index_among_kept[order[mask[order]]]
+        order = torch.randperm(len(keep), generator=generator)
+        return order[keep[order]]
 
-    def _load(self, window: list[int], keep: dict[int, torch.Tensor]) -> Batch:
-        return {
-            profile.hook: HookRows.cat([read_rows(self.store, profile, shard, keep[shard]) for shard in window])
-            for profile in self.profiles
-        }
+    def _load(self, window: list[int], order: torch.Tensor) -> Batch:
+        """The rows of `order`, in that order. Beside the result, one shard is in memory at a time."""
+        sizes = [self.store.manifest.shards[shard].rows for shard in window]
+        place = torch.full((sum(sizes),), -1)
+        place[order] = torch.arange(len(order))
+        by_shard = place.split(sizes)
+        return {profile.hook: self._gather(profile, window, by_shard, len(order)) for profile in self.profiles}
 
-    def _cut(self, carried: dict[str, list[HookRows]], rows: Batch, order: torch.Tensor) -> Iterator[Batch]:
+    def _gather(self, profile: HookProfile, window: list[int], places: Sequence[torch.Tensor], count: int) -> HookRows:
+        """Puts each row of the window at its place; −1 stands for a row that is not wanted."""
+        manifest = self.store.manifest
+        rows = HookRows(
+            x=torch.empty(count, manifest.d_in, dtype=manifest.torch_dtype),
+            norm=torch.empty(count),
+            group=torch.empty(count, dtype=torch.int64),
+            zero=torch.empty(count, dtype=torch.bool),
+        )
+        for shard, place in zip(window, places, strict=True):
+            keep = place >= 0
+            if not bool(keep.any()):
+                continue
+            part, target = read_rows(self.store, profile, shard, keep), place[keep]
+            for whole, values in ((rows.x, part.x), (rows.norm, part.norm), (rows.group, part.group)):
+                whole[target] = values
+            rows.zero[target] = part.zero
+        return rows
+
+    def _cut(self, carried: dict[str, list[HookRows]], rows: Batch, count: int) -> Iterator[Batch]:
         """Cuts a window into batches; what is left over is carried into the next window's first batch."""
         start = 0
         waiting = sum(len(part.norm) for part in next(iter(carried.values())))
-        while waiting + len(order) - start >= self.batch_size:
-            index = order[start : start + self.batch_size - waiting]
-            start += len(index)
-            yield {hook: HookRows.cat([*carried[hook], rows[hook].select(index)]) for hook in rows}
+        while waiting + count - start >= self.batch_size:
+            part = slice(start, start + self.batch_size - waiting)
+            start, waiting = part.stop, 0
+            yield {hook: HookRows.cat([*carried[hook], rows[hook].select(part)]) for hook in rows}
             for parts in carried.values():
                 parts.clear()
-            waiting = 0
-        rest = order[start:]
-        if len(rest):
+        if start < count:
             for hook, parts in carried.items():
-                parts.append(rows[hook].select(rest))
+                # A copy, so that the window's memory is free before the next window is read.
+                parts.append(rows[hook].select(slice(start, count)).copy())
 
 
 def held_out_rows(

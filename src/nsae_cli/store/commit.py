@@ -139,6 +139,24 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     write_file(path, lambda temporary: save_file(contiguous, temporary))
 
 
+def rename_folder(temporary: Path, final: Path) -> None:
+    """Gives a folder whose files are durable its final name; replaces nothing."""
+    with disk_errors(final):
+        _operation("fsync-folder", temporary)
+        _fsync_folder(temporary)
+        _operation("rename", final)
+        os.rename(temporary, final)
+        _operation("fsync-folder", final.parent)
+        _fsync_folder(final.parent)
+
+
+def remove_file(path: Path) -> None:
+    """Removes a file that is no longer needed; no error where it is gone already."""
+    with disk_errors(path):
+        _operation("unlink", path)
+        path.unlink(missing_ok=True)
+
+
 def append_line(path: Path, line: str) -> None:
     """Appends one line to a log of durable events and flushes it to the disk."""
     with disk_errors(path):
@@ -191,7 +209,8 @@ def read_json(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ResourceError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from error
+        reason = error.strerror or error
+        raise ResourceError(f"cannot read {path}: {reason}; check the path and its permissions") from error
     except UnicodeDecodeError as error:
         raise ArtifactError(f"{path} is not UTF-8 text; the file is damaged, make the artifact again") from error
     try:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from nsae_cli.errors import ArtifactError
+from nsae_cli.errors import ArtifactError, NumericalError
 from nsae_cli.metrics.groups import N_BINS, ZERO_ROW_FRACTION, norm_groups, zero_rows
 from nsae_cli.metrics.quantiles import stream_quantiles
 from nsae_cli.metrics.sinks import (
@@ -86,8 +86,11 @@ def profile_hook(store: ActivationStore, hook: str, contexts: Contexts) -> HookP
 
     Raises:
         ArtifactError: the store has no rows, or all of them are zero.
+        NumericalError: rows or norms are not finite.
     """
     shards = range(len(store.manifest.shards))
+    if damaged := sum(entry.nonfinite_rows or 0 for entry in store.manifest.shards):
+        raise NumericalError(f"{store.name} has {damaged:,} rows that hold NaN or infinity; collect it again")
     thresholds = _thresholds(store, hook)
     massive = [_massive_rows(store, hook, shard) for shard in shards]
     counts = SinkCounts()

@@ -6,7 +6,7 @@ import contextlib
 import json
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from nsae_cli.store import commit
 from nsae_cli.store.manifest import FORMAT_VERSION, MANIFEST, Manifest, ShardEntry, read_manifest
 
 PROGRESS = "progress.jsonl"
-VERIFIED = "verified.json"
+VERIFIED = "verified.jsonl"
 #: Norms, positions and tokens of this many bytes are kept in memory: passes over a store read them again and again.
 _CACHE_BYTES = 256 * 2**20
+#: Up to this share of a shard's rows, they are read one run at a time instead of the whole tensor.
+_FEW_ROWS = 0.25
 
 
 def shard_name(index: int) -> str:
@@ -83,17 +85,16 @@ class StoreWriter:
     def finish(self, description: dict[str, Any]) -> Manifest:
         """Writes the manifest from `description` (its keys without rows and shards) and ends the store."""
         self.wait()
-        entries = sorted(self.entries, key=lambda entry: entry.file)
         manifest = Manifest.model_validate(
             {
                 "format_version": FORMAT_VERSION,
                 **description,
-                "rows": sum(entry.rows for entry in entries),
-                "shards": [entry.model_dump() for entry in entries],
+                "rows": sum(entry.rows for entry in self.entries),
+                "shards": [entry.model_dump() for entry in self.entries],
             }
         )
         commit.write_json(self.folder / MANIFEST, manifest.model_dump())
-        (self.folder / PROGRESS).unlink(missing_ok=True)
+        commit.remove_file(self.folder / PROGRESS)
         return manifest
 
     def abandon(self) -> None:
@@ -133,7 +134,8 @@ class StoreWriter:
 
 def _recover_progress(progress: Path, config: dict[str, Any]) -> list[ShardEntry]:
     """The durable shards of an interrupted run; a torn last line, or a shard that is gone, is written again."""
-    lines = progress.read_text(encoding="utf-8", errors="replace").splitlines()
+    text = progress.read_text(encoding="utf-8", errors="replace")
+    lines = text.splitlines()
     try:
         earlier = json.loads(lines[0])["config"]
     except (IndexError, ValueError, KeyError, TypeError) as error:
@@ -153,7 +155,7 @@ def _recover_progress(progress: Path, config: dict[str, Any]) -> list[ShardEntry
         if entry.file != shard_name(len(entries)) or not path.is_file() or path.stat().st_size != entry.bytes:
             break
         entries.append(entry)
-    if len(entries) != len(lines) - 1:
+    if len(entries) != len(lines) - 1 or not text.endswith("\n"):
         kept = [lines[0], *(entry.model_dump_json() for entry in entries)]
         commit.write_text(progress, "\n".join(kept) + "\n")
     return entries
@@ -184,6 +186,8 @@ class ActivationStore:
         self.path = path
         self.manifest, self.manifest_sha256 = read_manifest(path)
         self._verified = _VerifiedTensors(path / VERIFIED)
+        self._checked: set[tuple[int, str]] = set()
+        self._first_names: set[str] | None = None
         self._computed_norms: dict[tuple[int, str], torch.Tensor] = {}
         self._row_tensors: dict[tuple[int, str], torch.Tensor] = {}
         self._cache_left = _CACHE_BYTES
@@ -191,7 +195,7 @@ class ActivationStore:
     @property
     def name(self) -> str:
         """The folder's name."""
-        return self.path.name
+        return self.path.resolve().name
 
     @property
     def has_positions(self) -> bool:
@@ -210,18 +214,19 @@ class ActivationStore:
         first = self.manifest.shards[0]
         if first.tensors is not None:
             return tensor in first.tensors
-        return tensor in self._names(0)
-
-    def _names(self, shard: int) -> set[str]:
-        with self._open(shard) as file:
-            return set(file.keys())
+        if self._first_names is None:
+            with self._open(0) as file:
+                self._first_names = set(file.keys())
+        return tensor in self._first_names
 
     @contextlib.contextmanager
-    def _open(self, shard: int) -> Any:
+    def _open(self, shard: int) -> Iterator[Any]:
         entry = self.manifest.shards[shard]
         path = self.path / entry.file
         redo = f"the shard is damaged; delete the folder {self.name} and run `nsae collect` again"
-        if not path.is_file() or path.is_symlink():
+        if path.is_symlink():
+            raise ArtifactError(f"{path} is a symbolic link; a store's shards must be files of its own, copy it there")
+        if not path.is_file():
             raise ArtifactError(f"{path}: the file is missing; {redo}")
         size = path.stat().st_size
         if entry.bytes is not None and size != entry.bytes:
@@ -254,7 +259,30 @@ class ActivationStore:
             tensors = {name: file.get_tensor(name) for name in names}
         for name, tensor in tensors.items():
             self._check(entry, name, tensor)
+            self._checked.add((shard, name))
         return tensors
+
+    def read_rows(self, shard: int, hook: str, keep: torch.Tensor) -> torch.Tensor:
+        """The vectors of the rows of a shard that `keep` (bool [rows]) selects, [kept rows, d_in].
+
+        A few rows of a tensor that was checked before are read without the others.
+
+        Raises:
+            ArtifactError: as `read`.
+        """
+        known = (shard, hook) in self._checked or self._verified.knows(
+            self.path / self.manifest.shards[shard].file, hook
+        )
+        if not known or int(keep.sum()) > _FEW_ROWS * len(keep):
+            return self.read(shard, [hook])[hook][keep]
+        kept = keep.nonzero().squeeze(1)
+        if not len(kept):
+            return torch.empty(0, self.manifest.d_in, dtype=self.manifest.torch_dtype)
+        breaks = (kept.diff() != 1).nonzero().squeeze(1) + 1
+        with self._open(shard) as file:
+            rows = file.get_slice(hook)
+            runs = [rows[int(run[0]) : int(run[-1]) + 1] for run in kept.tensor_split(breaks)]
+        return torch.cat(runs)
 
     def _check(self, entry: ShardEntry, name: str, tensor: torch.Tensor) -> None:
         shape: tuple[int, ...]
@@ -315,37 +343,34 @@ class ActivationStore:
 
 
 class _VerifiedTensors:
-    """Remembers which tensors of which file version were found intact, in a file beside the manifest.
+    """Remembers which tensors of which file version were found intact: one line each, in a file beside the manifest.
 
-    Losing it costs one more hash; a folder that cannot be written is therefore no error.
+    Losing it, or a torn line, costs one more hash; a folder that cannot be written is therefore no error.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._known: dict[str, list[Any]] = {}
-        with contextlib.suppress(OSError, ValueError):
-            loaded = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(loaded, dict):
-                self._known = loaded
+        self._known: set[str] = set()
+        with contextlib.suppress(OSError):
+            self._known.update(path.read_text(encoding="utf-8", errors="replace").splitlines())
 
     @staticmethod
-    def _version(path: Path) -> list[int]:
+    def _line(path: Path, tensor: str) -> str:
         status = path.stat()
-        return [status.st_size, status.st_mtime_ns, status.st_ino]
+        version = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "inode": status.st_ino}
+        return json.dumps({"file": path.name, "tensor": tensor, **version})
 
     def knows(self, path: Path, tensor: str) -> bool:
-        entry = self._known.get(path.name)
-        return isinstance(entry, list) and entry[:3] == self._version(path) and tensor in entry[3:]
+        with contextlib.suppress(OSError):
+            return self._line(path, tensor) in self._known
+        return False
 
     def remember(self, path: Path, tensor: str) -> None:
-        version = self._version(path)
-        entry = self._known.get(path.name)
-        names = set(entry[3:]) if isinstance(entry, list) and entry[:3] == version else set()
-        self._known[path.name] = [*version, *sorted(names | {tensor})]
         with contextlib.suppress(OSError):
-            temporary = self._path.with_name(f".{self._path.name}.tmp")
-            temporary.write_text(json.dumps(self._known), encoding="utf-8")
-            temporary.replace(self._path)
+            line = self._line(path, tensor)
+            self._known.add(line)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
 
 def open_activations(path: Path | str) -> ActivationStore:

@@ -70,7 +70,7 @@ class Cell:
         self.weights = weights
         self.gradients = weights.zeros_like()
         self.kernel = kernel
-        self.zero_rows = 0
+        self._zero_rows = torch.zeros((), dtype=torch.int64, device=weights.b_enc.device)
         self.window = FiredWindow(config.d_sae, config.dead_window, device=weights.b_enc.device)
         parameters = list(weights.tensors())
         for parameter, gradient in zip(parameters, self.gradients.tensors(), strict=True):
@@ -90,7 +90,8 @@ class Cell:
         """
         config, objective = self.config, self.objective
         ramped = ramp(step, config.steps, config.alpha_warm_up)
-        x = rows.x.float().mul_(objective.input_scale)
+        # A copy: cells of a grid share the rows, and those of a float32 store are float32 already.
+        x = rows.x.to(torch.float32, copy=True).mul_(objective.input_scale)
         per_row_error, per_row_sparsity = objective.row_weights(rows.norm, rows.zero)
         error_weight = per_row_error / len(rows.norm)
         sparsity_weight = per_row_sparsity * (objective.beta_scaled * ramped / len(rows.norm))
@@ -117,7 +118,7 @@ class Cell:
         elif config.decoder == "bounded":
             bound_rows_(self.weights.W_dec)
         self.window.update(result.fired, len(rows.norm))
-        self.zero_rows += int(rows.zero.sum())
+        self._zero_rows += rows.zero.sum()  # stays on the device: reading it here would make every step wait
         return StepLog(result, x, error_weight, sparsity_weight, config.alpha * ramped, lr)
 
     def _noise(self, rows: int, step: int) -> torch.Tensor | None:
@@ -137,13 +138,21 @@ class Cell:
                 f"{self.config.l2_norm}); the last checkpoint is kept, try a lower --lr or --clip 1"
             )
 
+    @property
+    def zero_rows(self) -> int:
+        """How many rows so far counted for nothing, repeats counted."""
+        return int(self._zero_rows)
+
     def saved_sae(self) -> SparseAutoencoder:
         """The SAE as it is saved: in raw units, float32, on the CPU."""
         folded = fold_input_scale(self.objective.act, self.weights, self.objective.input_scale)
         return SparseAutoencoder(self.objective.act, folded).to("cpu")
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Everything that a later step depends on beside the configuration, by name."""
+        """Everything that a later step depends on beside the configuration, by name.
+
+        On the CPU these are the tensors themselves, not copies: to be written before the next step.
+        """
         state = dict(self.weights.named())
         for name, tensor in self.weights.named().items():
             moments: dict[str, Any] = self.optimizer.state.get(tensor, {})
@@ -151,8 +160,8 @@ class Cell:
                 if key in moments:
                     state[f"adam/{key}/{name}"] = moments[key]
         state |= {f"window/{key}": value for key, value in self.window.state().items()}
-        state["zero_rows"] = torch.tensor(self.zero_rows)
-        return {name: tensor.detach().clone().cpu() for name, tensor in state.items()}
+        state["zero_rows"] = self._zero_rows
+        return {name: tensor.detach().cpu() for name, tensor in state.items()}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Goes on from `state()`. A missing entry is a KeyError: nothing is ever re-estimated."""
@@ -162,7 +171,7 @@ class Cell:
                 key: self._moment(key, state[f"adam/{key}/{name}"], tensor) for key in ("exp_avg", "exp_avg_sq", "step")
             }
         self.window.load_state({key: state[f"window/{key}"] for key in self.window.state()})
-        self.zero_rows = int(state["zero_rows"])
+        self._zero_rows.copy_(state["zero_rows"])
 
     @staticmethod
     def _moment(key: str, value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,13 @@
 """Checkpoints of a training run: a folder per step, complete once it carries its final name.
 
-`checkpoints/run.json` holds the configurations that the run was begun with. A checkpoint is written into
-``step-N.tmp-…``: `state.safetensors` (tensors of all cells under CELL/NAME), `state.json` (step, length of each cell's
-metrics.jsonl) and `files.json` (their hashes); then the folder is renamed to ``step-N``. Two are kept.
+`checkpoints/begun.json` holds the configurations that the run was begun with. A checkpoint is written into
+``step-N.tmp-…``: `state.safetensors` (tensors of all cells under CELL/NAME, among them the bytes of each cell's
+metrics.jsonl), `state.json` (the step) and `files.json` (their hashes); then the folder is renamed to ``step-N``. Two
+are kept.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import uuid
 from dataclasses import dataclass
@@ -23,15 +23,18 @@ from nsae_cli.reporter import Reporter
 from nsae_cli.store import commit
 
 KEEP = 2
+BEGUN = "begun.json"
+_FILES = ("state.safetensors", "state.json")
+_LOG = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read: steps done, state by cell, bytes of each cell's metrics.jsonl."""
+    """A checkpoint that was read: steps done, and by cell its state and the content of its metrics.jsonl."""
 
     step: int
     cells: dict[str, dict[str, torch.Tensor]]
-    metrics_bytes: dict[str, int]
+    logs: dict[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -44,39 +47,55 @@ class Checkpoints:
         """Records what the run trains and removes what a killed run left half-written."""
         commit.make_folder(self.folder)
         commit.remove_leftovers(self.folder)
-        commit.write_json(self.folder / "run.json", configs)
+        commit.write_json(self.folder / BEGUN, configs)
 
     def configs(self) -> dict[str, Any] | None:
         """What the run was begun with, or None where there is no run."""
-        path = self.folder / "run.json"
-        return commit.read_json(path) if path.is_file() else None
+        path = self.folder / BEGUN
+        configs = commit.read_json(path) if path.is_file() else None
+        return configs if isinstance(configs, dict) else None
 
-    def save(self, step: int, cells: dict[str, dict[str, torch.Tensor]], metrics_bytes: dict[str, int]) -> None:
+    def save(self, step: int, cells: dict[str, dict[str, torch.Tensor]], logs: dict[str, bytes]) -> None:
         """Writes the checkpoint of `step` and removes all but the newest two."""
         final = self.folder / f"step-{step}"
         if final.exists():
-            return
+            return  # whole, since `latest` has read it or removed it
         temporary = self.folder / f"step-{step}.tmp-{uuid.uuid4().hex[:8]}"
         with commit.disk_errors(final):
             temporary.mkdir()
-        tensors = {f"{cell}/{name}": tensor for cell, state in cells.items() for name, tensor in state.items()}
-        commit.write_tensors(temporary / "state.safetensors", tensors)
-        commit.write_json(temporary / "state.json", {"step": step, "metrics_bytes": metrics_bytes})
-        hashes = {name: commit.file_sha256(temporary / name) for name in ("state.safetensors", "state.json")}
-        commit.write_json(temporary / "files.json", hashes)
-        with commit.disk_errors(final):
-            os.rename(temporary, final)
+        try:
+            self._write(temporary, step, cells, logs)
+            commit.rename_folder(temporary, final)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         for old in self._steps()[:-KEEP]:
             shutil.rmtree(self.folder / f"step-{old}", ignore_errors=True)
 
+    @staticmethod
+    def _write(folder: Path, step: int, cells: dict[str, dict[str, torch.Tensor]], logs: dict[str, bytes]) -> None:
+        tensors = {f"{cell}/{name}": tensor for cell, state in cells.items() for name, tensor in state.items()}
+        for cell, log in logs.items():
+            tensors[f"{cell}/{_LOG}"] = torch.tensor(bytearray(log), dtype=torch.uint8)
+        commit.write_tensors(folder / "state.safetensors", tensors)
+        commit.write_json(folder / "state.json", {"step": step})
+        commit.write_json(folder / "files.json", {name: commit.file_sha256(folder / name) for name in _FILES})
+
     def latest(self, reporter: Reporter) -> Checkpoint | None:
-        """The newest checkpoint that is intact; a damaged one is passed over with a warning."""
+        """The newest checkpoint that is intact; damaged ones are removed, and a warning says so."""
+        damaged: list[str] = []
+        found: Checkpoint | None = None
         for step in reversed(self._steps()):
             try:
-                return self._read(step)
+                found = self._read(step)
+                break
             except ArtifactError as error:
-                reporter.warn(f"checkpoint step-{step} cannot be used ({error}); trying the one before")
-        return None
+                damaged.append(f"step-{step} ({error})")
+                shutil.rmtree(self.folder / f"step-{step}", ignore_errors=True)
+        if damaged:
+            instead = f"going on from step-{found.step}" if found else "beginning again"
+            reporter.warn(f"damaged checkpoint {', '.join(damaged)}: {instead}")
+        return found
 
     def _steps(self) -> list[int]:
         names = [path.name.removeprefix("step-") for path in self.folder.glob("step-*") if path.is_dir()]
@@ -84,13 +103,15 @@ class Checkpoints:
 
     def _read(self, step: int) -> Checkpoint:
         folder = self.folder / f"step-{step}"
-        for name in ("files.json", "state.json", "state.safetensors"):
+        for name in ("files.json", *_FILES):
             if not (folder / name).is_file():
                 raise ArtifactError(f"{name} is missing")
-        for name, expected in commit.read_json(folder / "files.json").items():
-            if commit.file_sha256(folder / Path(name).name) != expected:
+        expected = commit.read_json(folder / "files.json")
+        for name in _FILES:
+            if not isinstance(expected, dict) or commit.file_sha256(folder / name) != expected.get(name):
                 raise ArtifactError(f"{name} is not what was written")
-        description = commit.read_json(folder / "state.json")
+        if commit.read_json(folder / "state.json") != {"step": step}:
+            raise ArtifactError("it is of another step")
         try:
             tensors = load_file(folder / "state.safetensors", backend="pread")
         except (SafetensorError, OSError) as error:
@@ -99,7 +120,8 @@ class Checkpoints:
         for key, tensor in tensors.items():
             cell, _, name = key.partition("/")
             cells.setdefault(cell, {})[name] = tensor
-        return Checkpoint(int(description["step"]), cells, description["metrics_bytes"])
+        logs = {cell: state.pop(_LOG).numpy().tobytes() for cell, state in cells.items()}
+        return Checkpoint(step, cells, logs)
 
     def remove(self) -> None:
         """Removes all checkpoints: the run is complete."""

@@ -26,7 +26,7 @@ from nsae_cli.sae.objective import Objective
 from nsae_cli.store.batches import HookRows
 
 #: Entries of one batch's acts at most; bounds the memory of an evaluation.
-_ACTS_ENTRIES = 2**22
+_ACTS_ENTRIES = 2**21
 _PROBE_ROWS = 4096
 
 #: Yields the evaluated rows, zero rows left out, with their context numbers.
@@ -48,7 +48,7 @@ def evaluate(
         sae: in raw units; evaluated without noise.
         objective: the loss that it was trained with, for loss_share, grad_share and G.
         unit_decoder: whether the decoder's gradient is projected (grad_share, G).
-        rows: source of the rows; called twice.
+        rows: source of the rows; called three times.
 
     Returns:
         The metrics, ready for JSON (undefined values are None), and the features' densities [d_sae] float64.
@@ -194,5 +194,11 @@ def _gradient_projections(
             remove_parallel_component_(gradients.W_dec, scaled.W_dec)
         return gradients.named()
 
-    groups = [probe.select((probe.group == group).nonzero().squeeze(1)) for group in range(N_GROUPS)]
-    return group_gradient_projection([gradient(g) if len(g.norm) else None for g in groups], gradient(probe))
+    total = gradient(probe)
+    projections: list[float | None] = []
+    for group in range(N_GROUPS):
+        # One group at a time: a gradient is as large as the SAE.
+        rows_of_group = probe.select(probe.group == group)
+        part = gradient(rows_of_group) if len(rows_of_group.norm) else None
+        projections += group_gradient_projection([part], total)
+    return projections

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import platform
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import torch
 
 import nsae_cli
+from nsae_cli import interrupt
 from nsae_cli.assets import embedded_note
+from nsae_cli.errors import Interrupted
 from nsae_cli.reporter import Reporter
 from nsae_cli.store import commit
 from nsae_cli.store.batches import held_out_rows
@@ -18,6 +21,8 @@ from nsae_cli.store.shards import ActivationStore
 from nsae_cli.training.cell import Cell
 from nsae_cli.training.evaluate import evaluate
 from nsae_cli.training.plan import TrainPlan
+
+T = TypeVar("T")
 
 # L1 has stopped measuring sparsity when acts are this small and decoder rows this long, in scaled units.
 _GAMED_MEAN_ACT, _GAMED_DECODER_NORM = 0.1, 5.0
@@ -31,7 +36,7 @@ def finish_cell(plan: TrainPlan, name: str, cell: Cell, profile: HookProfile, re
         sae,
         cell.objective,
         config.decoder == "unit",
-        lambda batch: held_out_rows(plan.store, profile, plan.contexts, batch),
+        lambda batch: _until_stopped(held_out_rows(plan.store, profile, plan.contexts, batch)),
     )
     if not metrics["all"]["tokens"]:
         reporter.warn(f"{plan.store.name} has fewer than 20 contexts: no rows are held out, so {name} has no metrics")
@@ -48,6 +53,14 @@ def finish_cell(plan: TrainPlan, name: str, cell: Cell, profile: HookProfile, re
     }
     write_run(folder, document)
     return document
+
+
+def _until_stopped(rows: Iterator[T]) -> Iterator[T]:
+    """The same rows, unless a signal asks to stop: a checkpoint of the last step is there."""
+    for part in rows:
+        if (signum := interrupt.stop_requested()) is not None:
+            raise Interrupted(signum, "stopped while evaluating, all steps are saved; run the same command to go on")
+        yield part
 
 
 def gamed_sparsity(cell: Cell, metrics: dict[str, Any]) -> str | None:

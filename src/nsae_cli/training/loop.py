@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ import torch
 from nsae_cli import interrupt
 from nsae_cli.device import choose_device
 from nsae_cli.errors import Interrupted, ResourceError
-from nsae_cli.kernels.select import choose_step
 from nsae_cli.reporter import Reporter, Task
 from nsae_cli.store import commit
 from nsae_cli.store.batches import Batch, BatchStream, HookRows
@@ -23,9 +23,17 @@ from nsae_cli.training.cell import Cell
 from nsae_cli.training.checkpoint import Checkpoint
 from nsae_cli.training.finish import finish_cell
 from nsae_cli.training.options import TrainOptions
-from nsae_cli.training.plan import TrainPlan, find_finished, make_plan
+from nsae_cli.training.plan import GROUP, TrainPlan, find_finished, make_plan
 from nsae_cli.training.records import MetricsLog, log_interval, step_record
-from nsae_cli.training.setup import StreamKey, describe_run, make_streams, new_cell, profile_hooks, stream_key
+from nsae_cli.training.setup import (
+    StreamKey,
+    describe_run,
+    initialise_cells,
+    make_cells,
+    make_streams,
+    profile_hooks,
+    stream_key,
+)
 
 
 @dataclass
@@ -60,13 +68,17 @@ def train(
     plan = make_plan(options, store, workspace, name)
     artifacts = [plan.artifact(cell) for cell in plan.configs]
     finished = find_finished(plan)
-    if finished is not None:
-        return TrainResult(plan.name, artifacts, finished, already_complete=True)
+    if finished.keys() == plan.configs.keys():
+        plan.checkpoints.remove()  # left by a run that was killed in its very last moment
+        return TrainResult(plan.name, artifacts, [finished[cell] for cell in plan.configs], already_complete=True)
+    if options.deterministic:
+        # Read by cuBLAS when CUDA starts; without it deterministic products are refused.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device, why = choose_device(options.device)
     reporter.note(f"device {why}")
     try:
         with _numerics(options.deterministic):
-            runs = _run(plan, device, options.checkpoint_every, reporter)
+            runs = _run(plan, finished, device, options.checkpoint_every, reporter)
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"out of memory on {device.type} while training; lower --batch-size or --d-sae or train fewer cells"
@@ -92,16 +104,19 @@ class _numerics:  # noqa: N801 - used as a context manager, like torch's own
 
 
 def _run(
-    plan: TrainPlan, device: torch.device, checkpoint_every: str | int, reporter: Reporter
+    plan: TrainPlan,
+    finished: dict[str, dict[str, Any]],
+    device: torch.device,
+    checkpoint_every: str | int,
+    reporter: Reporter,
 ) -> list[dict[str, Any]]:
-    profiles = profile_hooks(plan, reporter)
     plan.checkpoints.begin(plan.identity())
-    kernel = choose_step("auto", device)
+    for folder in (plan.folder, *(plan.cell_folder(cell) for cell in plan.configs)):
+        commit.make_folder(folder)
+        commit.remove_leftovers(folder)
+    profiles = profile_hooks(plan, reporter)
     streams = make_streams(plan, profiles)
-    cells = {
-        name: new_cell(config, profiles[config.hook], streams[stream_key(config)], device, kernel)
-        for name, config in plan.configs.items()
-    }
+    cells, kernel = make_cells(plan, profiles, streams, device)
     reporter.note(describe_run(plan, cells, streams, kernel))
     loop = _Loop(plan, cells, streams, device, _CheckpointClock(checkpoint_every), reporter)
     started = time.monotonic()
@@ -109,13 +124,15 @@ def _run(
     loop.run(first_step)
     rows = (plan.steps - first_step) * plan.batch_size
     log_timing(plan.folder, "trained", rows=rows, seconds=round(time.monotonic() - started, 3))
+    if len(cells) > 1:
+        commit.write_json(plan.folder / GROUP, {"format_version": FORMAT_VERSION, **plan.identity()})
     runs = []
     with reporter.task("evaluating", len(cells), "SAEs") as task:
         for name, cell in cells.items():
-            runs.append(finish_cell(plan, name, cell, profiles[cell.config.hook], reporter))
+            if name not in finished:
+                finished[name] = finish_cell(plan, name, cell, profiles[cell.config.hook], reporter)
+            runs.append(finished[name])
             task.advance(1)
-    if len(cells) > 1:
-        commit.write_json(plan.folder / "group.json", {"format_version": FORMAT_VERSION, **plan.identity()})
     plan.checkpoints.remove()
     return runs
 
@@ -137,22 +154,22 @@ class _Loop:
         self._logs: dict[str, MetricsLog] = {}
 
     def restore(self) -> int:
-        """Loads the last intact checkpoint, cuts the logs back to it, and returns the number of steps done."""
+        """Loads the last intact checkpoint, else initialises the cells; returns the number of steps done."""
         checkpoint: Checkpoint | None = self._plan.checkpoints.latest(self._reporter)
+        if checkpoint is None:
+            initialise_cells(self._cells, self._streams)
         for name, cell in self._cells.items():
             if checkpoint is not None:
                 cell.load_state(checkpoint.cells[name])
-            folder = self._plan.cell_folder(name)
-            commit.make_folder(folder)
-            kept = checkpoint.metrics_bytes[name] if checkpoint is not None else 0
-            self._logs[name] = MetricsLog(folder / "metrics.jsonl", kept)
+            content = b"" if checkpoint is None else checkpoint.logs[name]
+            self._logs[name] = MetricsLog(self._plan.cell_folder(name) / "metrics.jsonl", content)
         if checkpoint is None:
             return 0
         self._reporter.note(f"going on from the checkpoint at step {checkpoint.step:,}")
         return checkpoint.step
 
     def run(self, first_step: int) -> None:
-        """Takes the steps from `first_step` to the end.
+        """Takes the steps from `first_step` to the end and saves a checkpoint there: the evaluation may be stopped.
 
         Raises:
             Interrupted: a signal asked to stop; a checkpoint of the current step was written.
@@ -173,6 +190,7 @@ class _Loop:
                 log_now = (step + 1) % interval == 0 or step + 1 == plan.steps
                 self._step(batches, step, log_now, task)
                 task.advance(plan.batch_size)
+        self._save(plan.steps)
 
     def _step(self, batches: dict[StreamKey, Iterator[Batch]], step: int, log_now: bool, task: Task) -> None:
         taken = {
@@ -195,7 +213,7 @@ class _Loop:
         self._plan.checkpoints.save(
             step,
             {name: cell.state() for name, cell in self._cells.items()},
-            {name: log.size() for name, log in self._logs.items()},
+            {name: log.content() for name, log in self._logs.items()},
         )
 
 

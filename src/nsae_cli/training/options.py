@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from collections import Counter
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
@@ -161,6 +163,7 @@ def expand_cells(options: TrainOptions, hooks: list[str], d_in: int, epoch_rows:
     shared = options.model_dump(include=set(CellConfig.model_fields) - set(axes))
     shared |= {"tokens": tokens, "lr_decay": LR_DECAY}
     cells: dict[str, CellConfig] = {}
+    hook_names = _hook_names(hooks)
     for values in itertools.product(*axes.values()):
         cell = _with_defaults(dict(zip(axes, values, strict=True)))
         reason = refused_combination(cell["act"], cell["decoder"], cell["sparsity"])
@@ -168,7 +171,9 @@ def expand_cells(options: TrainOptions, hooks: list[str], d_in: int, epoch_rows:
             problems[reason] = None
         elif not problems:
             config = CellConfig.model_validate(shared | cell)
-            cells[_cell_name(config, options)] = config
+            name = _cell_name(config, options, hook_names)
+            if cells.setdefault(name, config) != config:
+                problems[f"two SAEs of this grid would both be named {name}; train them one by one"] = None
     if problems:
         raise UsageError.from_problems(list(problems))
     return cells
@@ -184,9 +189,9 @@ def _with_defaults(cell: dict[str, Any]) -> dict[str, Any]:
     return cell | {key: default for key, default in defaults.items() if cell[key] is None}
 
 
-def _cell_name(cell: CellConfig, options: TrainOptions) -> str:
+def _cell_name(cell: CellConfig, options: TrainOptions, hook_names: dict[str, str]) -> str:
     """``L6`` plus the options that were given as lists."""
-    parts = [f"L{layer_of(cell.hook)}" if layer_of(cell.hook) is not None else cell.hook.replace("/", "_")]
+    parts = [hook_names[cell.hook]]
     bare = ("act", "l2_norm", "decoder", "sparsity", "alpha_scale", "sinks")
     prefixed = {"l1_norm": "l1", "alpha": "alpha", "noise": "noise", "lr": "lr", "seed": "seed"}
     for field in TrainOptions.model_fields:
@@ -196,14 +201,29 @@ def _cell_name(cell: CellConfig, options: TrainOptions) -> str:
         if field in bare:
             parts.append(str(getattr(cell, field)))
         elif field in prefixed:
-            shown = getattr(cell, field)
-            parts.append(f"{prefixed[field]}{shown:g}" if isinstance(shown, float) else f"{prefixed[field]}{shown}")
+            parts.append(f"{prefixed[field]}{_number_text(getattr(cell, field))}")
         else:
             parts.append(f"f{cell.d_sae}")
     return "-".join(parts)
 
 
+def _number_text(value: Any) -> str:
+    """``0.1`` or ``1e-05``: short where that is exact, so that two values never share a name."""
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
+def _hook_names(hooks: list[str]) -> dict[str, str]:
+    """``L6`` for each hook; the hook's own name, made fit for a folder, where that is not unique or has no layer."""
+    layers = Counter(layer_of(hook) for hook in hooks)
+    names = {}
+    for hook in hooks:
+        layer = layer_of(hook)
+        unique = layer is not None and layers[layer] == 1
+        names[hook] = f"L{layer}" if unique else re.sub(r"[^A-Za-z0-9_.]+", "_", hook).lstrip(".") or "hook"
+    return names
+
+
 def layer_of(hook: str) -> int | None:
     """6 of ``blocks.6.hook_resid_post``; None for a hook of another form."""
     parts = hook.split(".")
-    return int(parts[1]) if len(parts) == 3 and parts[0] == "blocks" and parts[1].isdigit() else None
+    return int(parts[1]) if len(parts) == 3 and parts[0] == "blocks" and parts[1].isdecimal() else None

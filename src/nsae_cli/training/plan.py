@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from nsae_cli.errors import UsageError
+from nsae_cli.errors import ArtifactError, UsageError
 from nsae_cli.store import commit
 from nsae_cli.store.contexts import Contexts
 from nsae_cli.store.sae_folder import RUN
@@ -15,6 +16,8 @@ from nsae_cli.store.shards import ActivationStore, describe_changes
 from nsae_cli.store.workspace import Artifact, Kind, Workspace, check_name, config_hash
 from nsae_cli.training.checkpoint import Checkpoints
 from nsae_cli.training.options import CellConfig, TrainOptions, expand_cells, layer_of
+
+GROUP = "group.json"
 
 
 @dataclass(frozen=True)
@@ -100,12 +103,12 @@ def select_hooks(layers: str | int | list[int | str] | None, store: ActivationSt
     chosen: dict[str, None] = {}
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UsageError(f"--layers {text}: expected all, or numbers such as 6, 0,3 or 0-3")
         low, high = int(first), int(last or first)
         inside = {layer for layer in stored if layer is not None and low <= layer <= high}
         if len(inside) != high - low + 1:
-            held = ", ".join(str(layer) for layer in stored)
+            held = ", ".join(str(layer) for layer in stored if layer is not None) or "none that has a number"
             raise UsageError(f"--layers {text}: {store.name} holds layers {held}; collect others with `nsae collect`")
         chosen |= {stored[layer]: None for layer in sorted(inside)}
     return list(chosen)
@@ -115,47 +118,68 @@ def default_name(store: ActivationStore, configs: Mapping[str, CellConfig]) -> s
     """``{store}-L6-relu-none-HASH`` for one SAE, ``{store}-grid-HASH`` for several."""
     identity = {"store": store.manifest_sha256, "cells": {key: value.model_dump() for key, value in configs.items()}}
     digest = config_hash(identity)
+    # The folder of a store made elsewhere may be called anything.
+    base = re.sub(r"[^A-Za-z0-9_.\-]+", "_", store.name).lstrip("._-")[:60] or "store"
     if len(configs) > 1:
-        return f"{store.name}-grid-{digest}"
+        return f"{base}-grid-{digest}"
     [(cell, config)] = configs.items()
-    return f"{store.name}-{cell}-{config.act}-{config.l2_norm}-{digest}"
+    return f"{base}-{cell}-{config.act}-{config.l2_norm}-{digest}"
 
 
-def find_finished(plan: TrainPlan) -> list[dict[str, Any]] | None:
-    """The run.json of every cell if all are complete, else None.
+def find_finished(plan: TrainPlan) -> dict[str, dict[str, Any]]:
+    """The run.json of every cell that is complete.
 
     Raises:
         UsageError: NAME holds SAEs of other options or other activations, finished or begun.
+        ArtifactError: a run.json is damaged.
     """
     identity = plan.identity()
-    begun = plan.checkpoints.configs()
-    if begun is not None and begun != identity:
-        _refuse(plan, begun.get("activations"), begun.get("cells", {}))
-    ours = {plan.cell_folder(cell) for cell in plan.configs}
-    finished = {mark.parent for mark in (*plan.folder.glob(RUN), *plan.folder.glob(f"*/{RUN}"))}
-    if finished - ours:
-        raise UsageError(f"--name {plan.name} holds the SAEs of another grid; choose another --name")
-    runs = {
-        cell: commit.read_json(plan.cell_folder(cell) / RUN)
-        for cell in plan.configs
-        if plan.cell_folder(cell) in finished
-    }
-    for cell, run in runs.items():
-        if run.get("config") != identity["cells"][cell] or run["inputs"]["activations"] != identity["activations"]:
-            _refuse(plan, run["inputs"]["activations"], {cell: run.get("config", {})})
-    return list(runs.values()) if len(runs) == len(plan.configs) else None
+    for earlier in (plan.checkpoints.configs(), _read_group(plan.folder)):
+        if earlier is not None and not _same(earlier, identity):
+            _refuse(plan, earlier.get("activations"), earlier.get("cells"))
+    found = {mark.parent: commit.read_json(mark) for mark in (*plan.folder.glob(RUN), *plan.folder.glob(f"*/{RUN}"))}
+    for folder, run in found.items():
+        if not isinstance(run, dict) or not isinstance(run.get("config"), dict):
+            raise ArtifactError(f"{folder / RUN} is not an SAE's; choose another --name")
+    ours = {plan.cell_folder(cell): cell for cell in plan.configs}
+    for folder, run in found.items():
+        activations = (run.get("inputs") or {}).get("activations")
+        cell = ours.get(folder)
+        if cell is None or activations != identity["activations"] or run["config"] != identity["cells"][cell]:
+            _refuse(plan, activations, {path.name: other["config"] for path, other in found.items()})
+    return {cell: found[folder] for folder, cell in ours.items() if folder in found}
 
 
-def _refuse(plan: TrainPlan, activations: Any, cells: Mapping[str, Any]) -> None:
-    identity = plan.identity()
-    if activations != identity["activations"]:
+def _read_group(folder: Path) -> dict[str, Any] | None:
+    path = folder / GROUP
+    group = commit.read_json(path) if path.is_file() else None
+    return group if isinstance(group, dict) else None
+
+
+def _same(earlier: dict[str, Any], identity: dict[str, Any]) -> bool:
+    return all(earlier.get(key) == value for key, value in identity.items())
+
+
+def _refuse(plan: TrainPlan, activations: Any, cells: Any) -> NoReturn:
+    """Says in what the run that holds the name differs from the one that is asked for."""
+    if activations != plan.identity()["activations"]:
         old = activations.get("name") if isinstance(activations, dict) else activations
         raise UsageError(
             f"--name {plan.name} belongs to the activations {old!r}, now given {plan.store.name!r} "
             f"(or the store has changed); choose another --name"
         )
-    for cell, config in cells.items():
-        if cell in identity["cells"] and config != identity["cells"][cell]:
-            changes = describe_changes(config, identity["cells"][cell])
-            raise UsageError(f"--name {plan.name} exists with other options ({changes}); choose another --name")
-    raise UsageError(f"--name {plan.name} exists with another grid; choose another --name")
+    old_cells = list(cells.values()) if isinstance(cells, dict) else []
+    changes = describe_changes(_spanned(old_cells), _spanned(plan.identity()["cells"].values()))
+    raise UsageError(f"--name {plan.name} exists with other options ({changes}); choose another --name")
+
+
+def _spanned(cells: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The values that each option takes over the cells of a grid: one value, or a list. Hooks count as --layers."""
+    values: dict[str, dict[str, Any]] = {}
+    for cell in cells:
+        for key, value in cell.items():
+            if key == "hook":
+                layer = layer_of(str(value))
+                key, value = "layers", value if layer is None else layer
+            values.setdefault(key, {})[str(value)] = value
+    return {key: next(iter(of.values())) if len(of) == 1 else list(of.values()) for key, of in values.items()}

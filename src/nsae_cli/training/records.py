@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line per logged step, in raw units, without times; cut back to a checkpoint when resuming."""
+"""metrics.jsonl: a line per logged step, in raw units, without times; checkpoints hold a copy to go on from."""
 
 from __future__ import annotations
 
@@ -65,21 +65,19 @@ class MetricsLog:
 
     Args:
         path: the file.
-        keep_bytes: length to which an earlier run's file is cut back (0 starts anew).
+        content: what the file held at the checkpoint that the run goes on from; empty to begin anew.
     """
 
-    def __init__(self, path: Path, keep_bytes: int) -> None:
+    def __init__(self, path: Path, content: bytes) -> None:
         self._path = path
         with disk_errors(path):
-            path.touch()
-            with path.open("rb+") as file:
-                file.truncate(keep_bytes)
+            path.write_bytes(content)
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds a line."""
         with disk_errors(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(to_json(record, indent=None) + "\n")
 
-    def size(self) -> int:
-        """Bytes so far."""
-        return self._path.stat().st_size
+    def content(self) -> bytes:
+        """All lines so far, for a checkpoint."""
+        return self._path.read_bytes()

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from nsae_cli.kernels.select import Choice
+from nsae_cli.errors import UsageError
+from nsae_cli.kernels.select import Choice, choose_step
 from nsae_cli.kernels.types import Weights
 from nsae_cli.metrics.groups import SINKS
 from nsae_cli.reporter import Reporter
-from nsae_cli.sae.init import initialise
+from nsae_cli.sae.init import geometric_median, initialise
 from nsae_cli.store.batches import BatchStream, HookRows, stable_seed
 from nsae_cli.store.profile import HookProfile, profile_hook
 from nsae_cli.training.cell import Cell, make_objective
 from nsae_cli.training.options import CellConfig
 from nsae_cli.training.plan import TrainPlan
 
-#: Rows from which the initialisation takes b_dec and its one factor: the first that the cell will be trained on.
+#: Rows from which the initialisation takes b_dec: the first that the cell will be trained on.
 INIT_ROWS = 8192
 
 #: Cells with equal keys see the same rows: same seed and, where sinks are dropped, the same hook.
@@ -56,36 +59,61 @@ def make_streams(plan: TrainPlan, profiles: dict[str, HookProfile]) -> dict[Stre
             buffer_rows=config.buffer,
             drop_sinks=config.sinks == "drop",
         )
+        if not streams[key].rows_per_epoch:
+            raise UsageError(f"--sinks drop: every training row of {plan.store.name} at {config.hook} is a sink")
     return streams
 
 
-def new_cell(
-    config: CellConfig, profile: HookProfile, stream: BatchStream, device: torch.device, kernel: Choice
-) -> Cell:
-    """A cell at step 0."""
-    objective = make_objective(config, profile, stream.store.manifest.d_in)
-    first = first_rows(stream, config.hook)
-    live = first.select((~first.zero).nonzero().squeeze(1))
-    weights = initialise(
-        config.act,
-        config.decoder,
-        config.d_sae,
-        live.x.float() * objective.input_scale,
-        live.group != SINKS,
-        torch.Generator().manual_seed(stable_seed("init", config.seed)),
-    )
-    return Cell(config, objective, Weights(*(tensor.to(device) for tensor in weights.tensors())), kernel)
+def make_cells(
+    plan: TrainPlan, profiles: dict[str, HookProfile], streams: dict[StreamKey, BatchStream], device: torch.device
+) -> tuple[dict[str, Cell], Choice]:
+    """The cells with room for their weights, which `initialise_cells` or a checkpoint fills, and their kernel."""
+    kernel = choose_step("auto", device)
+    cells = {}
+    d_in = plan.store.manifest.d_in
+    for name, config in plan.configs.items():
+        shapes = ((d_in, config.d_sae), (config.d_sae,), (config.d_sae, d_in), (d_in,))
+        weights = Weights(*(torch.zeros(shape, device=device) for shape in shapes))
+        cells[name] = Cell(config, make_objective(config, profiles[config.hook], d_in), weights, kernel)
+    return cells, kernel
 
 
-def first_rows(stream: BatchStream, hook: str) -> HookRows:
-    """The first rows of the stream, at most INIT_ROWS and at most one epoch."""
-    wanted = min(INIT_ROWS, stream.rows_per_epoch)
-    parts: list[HookRows] = []
-    for batch in stream.batches(0):
-        parts.append(batch[hook])
-        if sum(len(part.norm) for part in parts) >= wanted:
-            break
-    return HookRows.cat(parts).select(slice(0, wanted))
+def initialise_cells(cells: dict[str, Cell], streams: dict[StreamKey, BatchStream]) -> None:
+    """Gives cells their weights of step 0, from the first rows that each will be trained on."""
+    for key, stream in streams.items():
+        first = stream.first_rows(INIT_ROWS)
+        starts = {hook: _Start.of(rows) for hook, rows in first.items()}
+        for cell in cells.values():
+            if stream_key(cell.config) == key:
+                starts[cell.config.hook].initialise(cell)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Rows [N, d] of a hook and the geometric median of those that are no sinks, in raw units."""
+
+    rows: torch.Tensor
+    median: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: HookRows) -> _Start:
+        live = rows.x[~rows.zero]
+        non_sinks = rows.x[~rows.zero & (rows.group != SINKS)]
+        return cls(live, geometric_median(non_sinks if len(non_sinks) else live))
+
+    def initialise(self, cell: Cell) -> None:
+        """Overwrites the cell's weights."""
+        config, scale = cell.config, cell.objective.input_scale
+        weights = initialise(
+            config.act,
+            config.decoder,
+            config.d_sae,
+            self.rows.float() * scale,
+            self.median * scale,
+            torch.Generator().manual_seed(stable_seed("init", config.seed)),
+        )
+        for target, value in zip(cell.weights.tensors(), weights.tensors(), strict=True):
+            target.copy_(value)
 
 
 def describe_run(plan: TrainPlan, cells: dict[str, Cell], streams: dict[StreamKey, BatchStream], kernel: Choice) -> str:
