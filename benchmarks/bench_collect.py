@@ -9,7 +9,7 @@ batches of 1024 tokens, float32. Each round times, one after the other on the sa
 - ``stopped``: nsae's forward with a hook, ended after the sixth block;
 - ``command``: `collect` from text to durable shards (tokenise, forward, norms, hash, write), after its first batch.
 
-Medians over the rounds and the ratios of medians are printed; rows are appended to benchmarks/data/collect.csv.
+The medians over the rounds, and the median of each round's ratio, go to benchmarks/data/collect.csv as rows.
 Memory: peak resident size of collecting `mini` at 1× and 8× the tokens, each in a process of its own.
 """
 
@@ -124,13 +124,14 @@ def measure_speed(rounds: int, tokens: int) -> list[dict[str, object]]:
             usual_rate(model, ids[:1])  # warm up
             rates: dict[str, list[float]] = {name: [] for name in variants}
             for number in range(rounds):
-                for name, run in variants.items():
-                    rates[name].append(run())
+                # Back and forth, so that a machine that slows down or speeds up favours nobody.
+                for name in list(variants)[:: 1 if number % 2 == 0 else -1]:
+                    rates[name].append(variants[name]())
                 print(f"context {context} round {number + 1}:", {name: round(r[-1]) for name, r in rates.items()})
-            medians = {name: statistics.median(values) for name, values in rates.items()}
             against = {"usual": "usual", "stopped": "usual", "command": "stopped"}
             for name, values in rates.items():
-                ratio = medians[name] / medians[against[name]]
+                others = rates[against[name]]
+                ratio = statistics.median(mine / other for mine, other in zip(values, others, strict=True))
                 row = {"measure": "speed", "variant": name, "context": context, "tokens": tokens, "unit": "tokens/s"}
                 rows.append({**row, **spread(values), "ratio": round(ratio, 3), "ratio_to": against[name]})
     return rows

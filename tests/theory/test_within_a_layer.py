@@ -25,7 +25,7 @@ from nsae_cli.sae.objective import DEFAULT_ALPHA, Objective, beta_from_alpha
 every_pq = [pytest.param(p, q, id=f"p{p}-q{q}") for p in L2_POWERS for q in L1_POWERS]
 
 
-def free_code(objective: Objective, x: Tensor, W_dec: Tensor, ceiling: float = math.inf, steps: int = 800) -> Tensor:
+def free_code(objective: Objective, x: Tensor, W_dec: Tensor, ceiling: float = math.inf, steps: int = 500) -> Tensor:
     """argmin over 0 ≤ f ≤ ceiling of n^(−p)‖f @ W_dec − x‖² + β n^(−q) Σf, row by row (accelerated projected gradient).
 
     The ceiling 1 is what tanh-relu can give: any f in [0, 1) is a value of it.
@@ -141,7 +141,7 @@ class OneDirection:
         zeros = torch.zeros(d_sae, dtype=torch.float64), torch.zeros(d_in, dtype=torch.float64)
         return Weights(self.u[:, None] * gains, zeros[0], self.W_dec, zeros[1])
 
-    def descend(self, objective: Objective, steps: int = 60) -> Tensor:
+    def descend(self, objective: Objective, steps: int = 40) -> Tensor:
         """Gradient descent on the gains, through the reference kernel; returns f / n at the end."""
         n = float(self.x.norm())
         rate = 0.25 * n ** (objective.l2_power - 2)  # half a Newton step: the error's curvature is 2·n^(2−p)

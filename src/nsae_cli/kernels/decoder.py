@@ -1,8 +1,10 @@
-"""What the decoder modes do to W_dec's rows around an optimizer step."""
+"""What is done to gradients and to W_dec's rows around an optimizer step."""
 
 from __future__ import annotations
 
 import torch
+
+from nsae_cli.kernels.types import Weights
 
 
 @torch.no_grad()
@@ -23,3 +25,12 @@ def bound_rows_(W_dec: torch.Tensor, bound: float = 1.0) -> None:
     """d_i ← d_i·min(1, bound/‖d_i‖). [F, d]"""
     norms = torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_min_(1e-30)
     W_dec.mul_((bound / norms).clamp_max_(1.0))
+
+
+@torch.no_grad()
+def clip_norm_(gradients: Weights, largest: float) -> None:
+    """g ← g·min(1, largest/‖g‖), ‖g‖ over all four gradients together."""
+    norms = [torch.linalg.vector_norm(gradient) for gradient in gradients.tensors()]
+    factor = (largest / torch.linalg.vector_norm(torch.stack(norms)).clamp_min(1e-30)).clamp_max(1.0)
+    for gradient in gradients.tensors():
+        gradient.mul_(factor)

@@ -28,7 +28,10 @@ def geometric_median(rows: torch.Tensor) -> torch.Tensor:
     median = rows.mean(dim=0)
     for _ in range(_WEISZFELD_STEPS):
         distances = torch.linalg.vector_norm(rows - median, dim=1)
-        weights = 1 / distances.clamp_min(1e-12 * float(distances.max().clamp_min(1e-300)))
+        farthest = float(distances.max())
+        if farthest == 0:
+            break
+        weights = 1 / distances.clamp_min(1e-9 * farthest)
         following = (weights[:, None] * rows).sum(dim=0) / weights.sum()
         moved = float(torch.linalg.vector_norm(following - median))
         median = following

@@ -179,7 +179,7 @@ def remove_leftovers(folder: Path) -> None:
 def tensor_sha256(tensor: torch.Tensor) -> str:
     """Hex SHA-256 of a CPU tensor's bytes in row-major order (what a safetensors file holds for it)."""
     raw = tensor.contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
-    return hashlib.sha256(memoryview(raw.numpy())).hexdigest()
+    return hashlib.sha256(raw.numpy().data).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from nsae_cli.errors import NumericalError
-from nsae_cli.kernels.decoder import bound_rows_, normalise_rows_, remove_parallel_component_
+from nsae_cli.kernels.adam import Adam
+from nsae_cli.kernels.decoder import bound_rows_, clip_norm_, normalise_rows_, remove_parallel_component_
 from nsae_cli.kernels.select import Choice
 from nsae_cli.kernels.types import StepResult, Weights
 from nsae_cli.metrics.deadness import FiredWindow
@@ -18,8 +18,6 @@ from nsae_cli.store.batches import HookRows, stable_seed
 from nsae_cli.store.profile import HookProfile
 from nsae_cli.training.options import CellConfig
 from nsae_cli.training.schedule import learning_rate, ramp
-
-ADAM_BETAS = (0.9, 0.999)
 
 
 def resolve_input_scale(config: CellConfig, d_in: int, norm_scale: float) -> float:
@@ -72,11 +70,7 @@ class Cell:
         self.kernel = kernel
         self._zero_rows = torch.zeros((), dtype=torch.int64, device=weights.b_enc.device)
         self.window = FiredWindow(config.d_sae, config.dead_window, device=weights.b_enc.device)
-        parameters = list(weights.tensors())
-        for parameter, gradient in zip(parameters, self.gradients.tensors(), strict=True):
-            parameter.grad = gradient
-        fused = parameters[0].device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.Adam(parameters, lr=config.lr, betas=ADAM_BETAS, fused=fused)
+        self.adam = Adam(weights)
 
     def train_step(self, rows: HookRows, step: int) -> StepLog:
         """One optimizer step on a batch.
@@ -109,10 +103,9 @@ class Cell:
             remove_parallel_component_(self.gradients.W_dec, self.weights.W_dec)
         self._refuse_non_finite(result, step)
         if config.clip is not None:
-            torch.nn.utils.clip_grad_norm_(list(self.weights.tensors()), config.clip)
+            clip_norm_(self.gradients, config.clip)
         lr = learning_rate(step, config.steps, config.lr, config.lr_warm_up, config.lr_decay)
-        self.optimizer.param_groups[0]["lr"] = lr
-        self.optimizer.step()
+        self.adam.step(self.gradients, lr)
         if config.decoder == "unit":
             normalise_rows_(self.weights.W_dec)
         elif config.decoder == "bounded":
@@ -153,12 +146,7 @@ class Cell:
 
         On the CPU these are the tensors themselves, not copies: to be written before the next step.
         """
-        state = dict(self.weights.named())
-        for name, tensor in self.weights.named().items():
-            moments: dict[str, Any] = self.optimizer.state.get(tensor, {})
-            for key in ("exp_avg", "exp_avg_sq", "step"):
-                if key in moments:
-                    state[f"adam/{key}/{name}"] = moments[key]
+        state = self.weights.named() | {f"adam/{key}": value for key, value in self.adam.state().items()}
         state |= {f"window/{key}": value for key, value in self.window.state().items()}
         state["zero_rows"] = self._zero_rows
         return {name: tensor.detach().cpu() for name, tensor in state.items()}
@@ -167,13 +155,6 @@ class Cell:
         """Goes on from `state()`. A missing entry is a KeyError: nothing is ever re-estimated."""
         for name, tensor in self.weights.named().items():
             tensor.copy_(state[name])
-            self.optimizer.state[tensor] = {
-                key: self._moment(key, state[f"adam/{key}/{name}"], tensor) for key in ("exp_avg", "exp_avg_sq", "step")
-            }
+        self.adam.load_state({key: state[f"adam/{key}"] for key in self.adam.state()})
         self.window.load_state({key: state[f"window/{key}"] for key in self.window.state()})
         self._zero_rows.copy_(state["zero_rows"])
-
-    @staticmethod
-    def _moment(key: str, value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-        # Fused Adam keeps its step counter as a float32 tensor beside the parameter.
-        return value.to(device=parameter.device, dtype=torch.float32 if key == "step" else parameter.dtype).clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -86,21 +87,21 @@ def train(
     return TrainResult(plan.name, artifacts, runs, already_complete=False)
 
 
-class _numerics:  # noqa: N801 - used as a context manager, like torch's own
+@contextlib.contextmanager
+def _numerics(deterministic: bool) -> Iterator[None]:
     """Training's numerical settings of the process, restored afterwards."""
-
-    def __init__(self, deterministic: bool) -> None:
-        self._deterministic = deterministic
-
-    def __enter__(self) -> None:
-        # Adam's moments of silent features decay into denormals, which slow a CPU down many times over.
-        torch.set_flush_denormal(True)
-        self._before = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(self._deterministic or self._before)
-
-    def __exit__(self, *exception: object) -> None:
+    before = torch.are_deterministic_algorithms_enabled()
+    change = deterministic and not before  # asking for what is so already would import torch's compiler (seconds)
+    # Adam's moments of silent features decay into denormals, which slow a CPU down many times over.
+    torch.set_flush_denormal(True)
+    if change:
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
         torch.set_flush_denormal(False)
-        torch.use_deterministic_algorithms(self._before)
+        if change:
+            torch.use_deterministic_algorithms(False)
 
 
 def _run(

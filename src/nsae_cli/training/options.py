@@ -145,18 +145,19 @@ def expand_cells(options: TrainOptions, hooks: list[str], d_in: int, epoch_rows:
         problems[f"--tokens {tokens:,} is less than one batch of {options.batch_size:,} rows"] = None
     if min(widths) < 1:
         problems[f"--d-sae {min(widths)}: expected at least 1"] = None
+    by_default: list[Any] = [None]
     axes: dict[str, list[Any]] = {
         "hook": hooks,
         "act": list(options.act),
         "l2_norm": list(options.l2_norm),
         "l1_norm": list(options.l1_norm),
-        "decoder": list(options.decoder or [None]),
+        "decoder": list(options.decoder or by_default),
         "sparsity": list(options.sparsity),
-        "alpha": list(options.alpha or [None]),
+        "alpha": list(options.alpha or by_default),
         "alpha_scale": list(options.alpha_scale),
         "noise": options.noise,
         "d_sae": widths,
-        "lr": list(options.lr or [None]),
+        "lr": list(options.lr or by_default),
         "sinks": list(options.sinks),
         "seed": options.seed,
     }

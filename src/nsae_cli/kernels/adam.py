@@ -1,0 +1,64 @@
+"""Adam over an SAE's four parameters: torch's own fused operation where the device has one."""
+
+from __future__ import annotations
+
+import torch
+from torch.optim.adam import adam
+
+from nsae_cli.kernels.types import Weights
+
+_FUSED_ON = ("cpu", "cuda", "mps")
+
+
+class Adam:
+    """State and step of Adam, without weight decay: the same numbers as `torch.optim.Adam(…, fused=True)`.
+
+    It calls the function behind that class, since constructing the class imports torch's compiler (seconds), and since
+    a plain state is easier to save exactly.
+
+    Args:
+        weights: the parameters, updated in place.
+        betas: decay rates of the two moments.
+        eps: added to the root of the second moment.
+    """
+
+    def __init__(self, weights: Weights, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+        self._weights = weights
+        self._betas, self._eps = betas, eps
+        self._fused = weights.b_enc.device.type in _FUSED_ON
+        self._moments = {"exp_avg": weights.zeros_like(), "exp_avg_sq": weights.zeros_like()}
+        self._steps = [torch.zeros((), device=tensor.device) for tensor in weights.tensors()]
+
+    @torch.no_grad()
+    def step(self, gradients: Weights, lr: float) -> None:
+        """One update with these gradients."""
+        adam(
+            list(self._weights.tensors()),
+            list(gradients.tensors()),
+            list(self._moments["exp_avg"].tensors()),
+            list(self._moments["exp_avg_sq"].tensors()),
+            [],
+            self._steps,
+            foreach=False,
+            fused=self._fused,
+            amsgrad=False,
+            beta1=self._betas[0],
+            beta2=self._betas[1],
+            lr=lr,
+            weight_decay=0.0,
+            eps=self._eps,
+            maximize=False,
+        )
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Moments and number of steps, by name; the tensors themselves."""
+        state = {f"{kind}/{name}": t for kind, moment in self._moments.items() for name, t in moment.named().items()}
+        return state | {"step": self._steps[0]}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Goes on from `state()`."""
+        for kind, moment in self._moments.items():
+            for name, tensor in moment.named().items():
+                tensor.copy_(state[f"{kind}/{name}"])
+        for step in self._steps:
+            step.copy_(state["step"])
