@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 HOOK = "blocks.2.hook_resid_post"
+#: Two hooks, for stores of several layers.
+HOOKS = ("blocks.1.hook_resid_post", "blocks.4.hook_resid_post")
 
 
 @dataclass

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Annotated
 
 import torch
+from pydantic import AfterValidator
 
 from nsae_cli.errors import ResourceError
 
-DeviceOption = Literal["auto", "cpu", "cuda", "mps"]
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,4})?|mps")
+
+
+def _is_a_device(option: str) -> str:
+    if not _DEVICE.fullmatch(option):
+        raise ValueError("expected auto, cpu, cuda, cuda:N or mps")
+    return option
+
+
+#: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+DeviceOption = Annotated[str, AfterValidator(_is_a_device)]
 
 
 def choose_device(option: DeviceOption) -> tuple[torch.device, str]:
@@ -23,12 +35,18 @@ def choose_device(option: DeviceOption) -> tuple[torch.device, str]:
         passed_over = [name.upper() for name in ("cuda", "mps") if not available[name]]
         why = f"no {' and no '.join(passed_over)}" if device == "cpu" else "the fastest that is there"
         return torch.device(device), f"{_describe(device)} (--device auto: {why})"
-    if not available[option]:
+    kind, _, index = option.partition(":")
+    if not available[kind]:
         raise ResourceError(f"--device {option}: torch {torch.__version__} finds no such device here; use --device cpu")
+    if index and int(index) >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise ResourceError(f"--device {option}: there are cuda:0 to cuda:{last}; use one of these or --device cpu")
     return torch.device(option), f"{_describe(option)} (--device {option})"
 
 
 def _describe(device: str) -> str:
-    if device == "cuda":
-        return f"cuda: {torch.cuda.get_device_name()}"
-    return f"cpu: {torch.get_num_threads()} threads" if device == "cpu" else device
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device) if ":" in device else torch.cuda.get_device_name()
+        return f"{device}: {name}"
+    threads = torch.get_num_threads()
+    return f"cpu: {threads} thread{'' if threads == 1 else 's'}" if device == "cpu" else device

@@ -20,12 +20,22 @@ class NsaeError(Exception):
 
 
 class UsageError(NsaeError):
-    """The command cannot be carried out as given: bad option, value, name or combination."""
+    """The command cannot be carried out as given: bad option, value, name or combination.
+
+    Attributes:
+        problems: everything that is wrong, one entry each.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.problems = [message]
 
     @classmethod
     def from_problems(cls, problems: list[str]) -> UsageError:
         """One error that reports every problem at once, in the order in which they were found."""
-        return cls("; ".join(problems))
+        error = cls("; ".join(problems))
+        error.problems = list(problems)
+        return error
 
 
 class ArtifactError(NsaeError):

@@ -10,6 +10,8 @@ import os
 import signal
 from types import FrameType
 
+from nsae_cli.errors import Interrupted
+
 _signum: int | None = None
 
 
@@ -29,6 +31,19 @@ def _handle(signum: int, frame: FrameType | None) -> None:
 def stop_requested() -> int | None:
     """The signal that asked the run to end, or None."""
     return _signum
+
+
+def stop_if_requested(message: str) -> None:
+    """Ends the work here if a signal asked for it.
+
+    Args:
+        message: what was saved and how to go on.
+
+    Raises:
+        Interrupted: a signal asked the run to end.
+    """
+    if _signum is not None:
+        raise Interrupted(_signum, message)
 
 
 def clear() -> None:

@@ -16,7 +16,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, cuda: bool, mps: bool) -> None:
     [
         (True, True, "cuda", "cuda: Some GPU (--device auto: the fastest that is there)"),
         (False, True, "mps", "mps (--device auto: the fastest that is there)"),
-        (False, False, "cpu", "threads (--device auto: no CUDA and no MPS)"),
+        (False, False, "cpu", "(--device auto: no CUDA and no MPS)"),
     ],
 )
 def test_auto_says_why(cuda: bool, mps: bool, device: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,7 +160,7 @@ def test_training_in_scaled_coordinates_is_the_same_objective(act, sparsity, p, 
 
 @pytest.mark.parametrize("act", NONLINEARITIES)
 def test_folding_is_exact(act):
-    """SAE(x) of the folded weights is SAE'(s·x)/s; relu's unit rows stay bit for bit; unfolding gives s's weights back."""
+    """SAE(x) of the folded weights is SAE'(s·x)/s; relu's unit rows stay bit for bit; unfolding undoes it."""
     generator = torch.Generator().manual_seed(6)
     scaled = Weights(*(torch.randn(size, generator=generator) for size in ((6, 15), (15,), (15, 6), (6,))))
     s, x = 0.31, torch.randn(50, 6, generator=generator, dtype=torch.float64) * 4

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hand_store import make_rows, write_full
 
+from hand_store import make_rows, write_full
 from nsae_cli.errors import ArtifactError, ResourceError
 from nsae_cli.store import commit
 from nsae_cli.store.shards import PROGRESS, open_activations
@@ -68,10 +68,11 @@ def test_disk_full_at_every_operation_of_a_store(tmp_path, fault):
         try:
             write_full(folder, rows, SHARDS)
         except ResourceError as error:
-            assert "disk full" in str(error)
-            assert "run the same command again" in str(error)
+            said = str(error)
         else:
             break
+        assert "disk full" in said
+        assert "run the same command again" in said
         fault()
         left = contents(folder)
         for name in left:

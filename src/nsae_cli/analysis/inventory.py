@@ -15,7 +15,9 @@ def take_inventory(workspace: Workspace) -> list[dict[str, Any]]:
     rows = []
     for kind in Kind:
         for artifact in workspace.complete(kind):
-            rows.append(_row(kind, artifact.name, "complete", artifact.path, _detail(artifact)))
+            detail = _detail(artifact)
+            status, shown = ("complete", detail) if detail is not None else ("damaged", f"{kind.mark} cannot be read")
+            rows.append(_row(kind, artifact.name, status, artifact.path, shown))
         for folder in workspace.unfinished(kind):
             rows.append(_row(kind, folder.name, "unfinished", folder, f"run the same nsae {kind.command} again"))
     return rows
@@ -26,16 +28,17 @@ def _row(kind: Kind, name: str, status: str, folder: Path, detail: str) -> dict[
     return {"kind": kind.folder, "name": name, "status": status, "size": size, "detail": detail}
 
 
-def _detail(artifact: Artifact) -> str:
+def _detail(artifact: Artifact) -> str | None:
+    """A few words about an artifact; None where its JSON is damaged."""
     try:
         document = read_json(artifact.path / artifact.kind.mark)
         if artifact.kind is Kind.ACTIVATIONS:
             return f"{document['rows']:,} rows × {document['d_in']}, {', '.join(document['hooks'])}"
         if artifact.kind is Kind.NORMS:
-            return f"{len(document['hooks'])} hooks of {document['activations']['name']}"
+            return f"{len(document['hooks'])} layers of {document['activations']['name']}"
         if artifact.kind is Kind.SAE:
             l0 = document["metrics"]["ns"]["l0"]
             return f"{document['hook']}, {document['d_sae']} features" + ("" if l0 is None else f", L0 {l0:.3g}")
-        return f"top {document['top']:.2g} of {document['rows']:,} rows, {document['sae']['name']}"
+        return f"top {document['top']:.3g} of {document['rows']:,} rows, {document['sae']['name']}"
     except (NsaeError, KeyError, TypeError, ValueError):
-        return "its JSON is damaged"
+        return None

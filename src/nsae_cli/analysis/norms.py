@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from nsae_cli import interrupt
 from nsae_cli.assets import embedded_note
+from nsae_cli.errors import NumericalError
 from nsae_cli.lm.token_text import TokenText
 from nsae_cli.metrics.groups import NON_SINKS
 from nsae_cli.metrics.norm_bias import NormMoments, alpha_eff
@@ -20,6 +22,7 @@ from nsae_cli.store import commit
 from nsae_cli.store.contexts import Contexts
 from nsae_cli.store.profile import HookProfile, profile_hook
 from nsae_cli.store.shards import ActivationStore
+from nsae_cli.training.options import layer_of
 
 FORMAT_VERSION = 1
 N_HISTOGRAM_BINS = 200
@@ -43,9 +46,16 @@ def measure_norms(store: ActivationStore, text: TokenText, probe: dict[str, Any]
         store: the activations.
         text: says what a token id stands for.
         probe: result of `lm.probe` by hook name, or None.
+
+    Raises:
+        ArtifactError: the store is damaged, or holds nothing but zeros or sinks.
+        NumericalError: a norm is not finite.
+        Interrupted: a signal asked to stop.
     """
     manifest = store.manifest
     hooks = list(manifest.norm_hooks or manifest.hooks)
+    for hook in hooks:
+        refuse_non_finite(store, hook)
     contexts = Contexts(store)
     profiles = {hook: profile_hook(store, hook, contexts) for hook in hooks}
     edges = _histogram_edges(store, hooks)
@@ -69,6 +79,23 @@ def measure_norms(store: ActivationStore, text: TokenText, probe: dict[str, Any]
         "quantiles": torch.tensor([hook.quantiles for hook in measured], dtype=torch.float64),
     }
     return NormsResult(document, tensors)
+
+
+def refuse_non_finite(store: ActivationStore, hook: str) -> None:
+    """Looks at every norm of a hook: collect stores none that is not finite, a store from elsewhere may.
+
+    Raises:
+        NumericalError: NaN or infinity.
+        Interrupted: a signal asked to stop.
+    """
+    for shard, entry in enumerate(store.manifest.shards):
+        interrupt.stop_if_requested("stopped; nothing was written, run the same command again")
+        bad = (~torch.isfinite(store.norms(shard, hook))).nonzero().squeeze(1)
+        if len(bad):
+            raise NumericalError(
+                f"{store.name}: {len(bad):,} rows at {hook} are not finite, the first is row {int(bad[0]):,} of "
+                f"{entry.file}; collect again with --dtype fp32, or leave such rows out of the store"
+            )
 
 
 def write_norms(folder: Path, result: NormsResult) -> None:
@@ -105,6 +132,7 @@ class _Hook:
     def _norms(self, select: Callable[[int], torch.Tensor | None] | None) -> Iterator[torch.Tensor]:
         """Norms of every shard, or of the rows that `select(shard)` marks."""
         for shard in self._shards:
+            interrupt.stop_if_requested("stopped; nothing was written, run the same command again")
             norms = self._store.norms(shard, self.name)
             mask = None if select is None else select(shard)
             yield norms if mask is None else norms[mask]
@@ -133,11 +161,10 @@ class _Hook:
         rows, mean, spread = self._mean_and_spread(None)
         _, mean_ns, spread_ns = self._mean_and_spread(self._non_sinks)
         level = dict(zip(QUANTILE_LEVELS, self.quantiles, strict=True))
-        parts = self.name.split(".")
         preflight = self._preflight()
         return {
             "hook": self.name,
-            "layer": int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else None,
+            "layer": layer_of(self.name),
             "rows": rows,
             "mean": mean,
             "median": level[0.5],

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from nsae_cli.analysis.documents import read_document
 from nsae_cli.analysis.norms import measure_norms, write_norms
 from nsae_cli.analysis.probe import probe_store
 from nsae_cli.device import DeviceOption
@@ -50,19 +51,21 @@ def run_norms(
 
     Raises:
         UsageError: NAME holds the norms of other activations, or a probe of a store without tokens.
+        ArtifactError: the store, or what NAME holds, is damaged.
+        NumericalError: a norm is not finite.
+        Interrupted: a signal asked to stop; nothing was written.
     """
-    name = check_name(name or store.name)
+    name = check_name(store.name if name is None else name)
     folder = workspace.folder(Kind.NORMS, name)
     artifact = Artifact(Kind.NORMS, name, folder)
     figures = [folder / "norms.png", *([folder / "norms-position0.png"] if store.has_positions else [])]
     identity = {"name": store.name, "manifest_sha256": store.manifest_sha256}
     if (folder / Kind.NORMS.mark).is_file():
-        document = commit.read_json(folder / Kind.NORMS.mark)
-        if document.get("activations") != identity:
-            raise UsageError(
-                f"--name {name} holds the norms of {document.get('activations', {}).get('name')!r} or of an earlier "
-                f"{store.name}; choose another --name"
-            )
+        document = read_document(artifact, required=("activations", "hooks"))
+        found = document["activations"]["name"]
+        if document["activations"] != identity:
+            other = f"an earlier {found}" if found == store.name else f"{found}, not of {store.name}"
+            raise UsageError(f"--name {name} holds the norms of {other}; choose another --name")
         if not options.probe or all(hook["probe"] is not None for hook in document["hooks"]):
             return NormsArtifact(artifact, document, figures, already_complete=True)
     commit.make_folder(folder)

@@ -18,19 +18,20 @@ from nsae_cli.store.commit import read_json
 from nsae_cli.store.workspace import Kind, Workspace
 
 
-def draw_activation(path: Path) -> None:
-    """relu and tanh-relu with their derivatives over pre_acts in [−2, 4]."""
+def draw_activation(workspace: Workspace, name: str | None) -> Path:
+    """relu and tanh-relu with their derivatives over pre_acts in [−2, 4]; returns the figure's path."""
     pre_acts = torch.linspace(-2, 4, 601, dtype=torch.float64)
     curves = {}
-    for name, nonlinearity in NONLINEARITIES.items():
+    for act, nonlinearity in NONLINEARITIES.items():
         acts = nonlinearity.value(pre_acts)
-        curves[name] = (acts.numpy(), nonlinearity.derivative(acts).numpy())
-    commit.make_folder(path.parent)
+        curves[act] = (acts.numpy(), nonlinearity.derivative(acts).numpy())
+    path = _place(workspace, name or "activation")
     save_png(activation_figure(pre_acts.numpy(), curves), path)
+    return path
 
 
-def draw_training(references: Sequence[str], workspace: Workspace, path: Path, reporter: Reporter) -> None:
-    """Training curves of SAEs: those named, or the newest group.
+def draw_training(references: Sequence[str], workspace: Workspace, name: str | None, reporter: Reporter) -> Path:
+    """Training curves of SAEs: those named, or the newest group; returns the figure's path.
 
     Raises:
         UsageError: nothing of that name.
@@ -42,7 +43,8 @@ def draw_training(references: Sequence[str], workspace: Workspace, path: Path, r
         references = [newest]
     curves = []
     captions: dict[str, None] = {}
-    for artifact in (found for reference in references for found in workspace.find(Kind.SAE, reference)):
+    artifacts = [found for reference in references for found in workspace.find(Kind.SAE, reference)]
+    for artifact in artifacts:
         log = artifact.path / "metrics.jsonl"
         try:
             rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
@@ -51,5 +53,13 @@ def draw_training(references: Sequence[str], workspace: Workspace, path: Path, r
         curves.append((artifact.path.name, rows))
         run = read_json(artifact.path / artifact.kind.mark)
         captions[f"activations {run['inputs']['activations']['name']}, {source_line(run)}"] = None
-    commit.make_folder(path.parent)
+    groups = {artifact.name.partition("/")[0] for artifact in artifacts}
+    path = _place(workspace, name or (groups.pop() if len(groups) == 1 else "training"))
     save_png(training_curves(curves, "; ".join(captions)), path)
+    return path
+
+
+def _place(workspace: Workspace, name: str) -> Path:
+    folder = workspace.root / "plots"
+    commit.make_folder(folder)
+    return folder / f"{name}.png"

@@ -14,6 +14,7 @@ from nsae_cli.lm.probe import ProbeSubject, probe_sinks
 from nsae_cli.lm.tokenizing import load_tokenizer
 from nsae_cli.reporter import Reporter
 from nsae_cli.store.shards import ActivationStore
+from nsae_cli.training.options import layer_of
 
 #: Contexts that are run again, under each change.
 PROBE_CONTEXTS = 128
@@ -53,7 +54,7 @@ def probe_store(
     )
     site: Site = "resid_pre" if manifest.site == "resid_pre" else "resid_post"
     hooks = manifest.norm_hooks or manifest.hooks
-    layers = [int(hook.split(".")[1]) for hook in hooks]
+    layers = [layer for hook in hooks if (layer := layer_of(hook)) is not None]
     return probe_sinks(subject, first_contexts(store, PROBE_CONTEXTS), layers, site)
 
 

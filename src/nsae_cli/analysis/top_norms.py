@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from nsae_cli.analysis.norms import count_tokens
+from nsae_cli import interrupt
+from nsae_cli.analysis.norms import count_tokens, refuse_non_finite
 from nsae_cli.assets import embedded_note
 from nsae_cli.errors import ArtifactError, UsageError
 from nsae_cli.lm.token_text import TokenText
@@ -90,7 +91,10 @@ def analyze_top_norms(
 
     Raises:
         UsageError: no held-out rows.
+        NumericalError: a norm is not finite.
+        Interrupted: a signal asked to stop.
     """
+    refuse_non_finite(store, saved.hook)
     table = _RowTable.collect(store, saved.hook, rows)
     if not len(table.norm):
         raise UsageError(f"{store.name} has fewer than 20 contexts, so no rows are held out; collect more tokens")
@@ -101,6 +105,7 @@ def analyze_top_norms(
     l0, l1, rho = [], [], []
     with reporter.task(f"analysing {name}", len(table.norm), "rows") as task:
         for start, x in table.vectors(store, saved.hook, evaluation_batch(saved.sae.d_sae)):
+            interrupt.stop_if_requested("stopped; nothing of this SAE was written, run the same command again")
             part = slice(start, start + len(x))
             acts = saved.sae.encode(x)
             x_hat = saved.sae.decode(acts)

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from nsae_cli.analysis.documents import read_document
 from nsae_cli.analysis.top_norms import analyze_top_norms, check_fit, write_top_norms
 from nsae_cli.errors import ArtifactError, UsageError
 from nsae_cli.lm.token_text import token_text
@@ -18,7 +20,7 @@ from nsae_cli.report.figures import compare_histograms, l0_histogram, l1_histogr
 from nsae_cli.reporter import Reporter
 from nsae_cli.store import commit
 from nsae_cli.store.sae_folder import SavedSae, load_sae
-from nsae_cli.store.shards import ActivationStore, open_activations
+from nsae_cli.store.shards import ActivationStore, describe_changes, open_activations
 from nsae_cli.store.workspace import Artifact, Kind, Workspace, check_name
 from nsae_cli.values import Fraction, Size
 
@@ -42,6 +44,24 @@ class TopNormsArtifact:
     already_complete: bool
 
 
+@dataclass
+class TopNormsAnalysis:
+    """What a run made: one artifact per SAE, and for several SAEs the figures that show them side by side."""
+
+    results: list[TopNormsArtifact]
+    comparison: list[Path]
+
+    @property
+    def figures(self) -> list[Path]:
+        """All figures, the common ones last."""
+        return [figure for result in self.results for figure in result.figures] + self.comparison
+
+    @property
+    def already_complete(self) -> bool:
+        """Whether every artifact was there before."""
+        return all(result.already_complete for result in self.results)
+
+
 def run_top_norms(
     references: Sequence[str],
     activations: str | None,
@@ -49,7 +69,7 @@ def run_top_norms(
     workspace: Workspace,
     name: str | None,
     reporter: Reporter,
-) -> list[TopNormsArtifact]:
+) -> TopNormsAnalysis:
     """Analyses SAEs: those named, or all of the newest group.
 
     Args:
@@ -59,21 +79,23 @@ def run_top_norms(
 
     Raises:
         UsageError: nothing of that name, or NAME holds another analysis.
-        ArtifactError: SAE and store do not fit.
+        ArtifactError: an SAE is damaged, or SAE and store do not fit.
+        NumericalError: a norm of the store is not finite.
+        Interrupted: a signal asked to stop; the analyses finished so far are kept.
     """
     saes = _choose(references, workspace, reporter)
-    results = []
-    for sae in saes:
-        own_name = sae.name.replace("/", "-")
-        if name is not None:
-            own_name = name if len(saes) == 1 else f"{name}-{sae.path.name}"
-        results.append(_analyse(sae, activations, options, workspace, check_name(own_name), reporter))
-    if len(results) > 1:
-        _draw_together(saes, results, workspace, reporter)
-    return results
+    results = [
+        _analyse(sae, activations, options, workspace, check_name(own_name), reporter)
+        for sae, own_name in zip(saes, _names(saes, name), strict=True)
+    ]
+    comparison = _draw_together(saes, results, workspace, name) if len(results) > 1 else []
+    return TopNormsAnalysis(results, comparison)
 
 
 def _choose(references: Sequence[str], workspace: Workspace, reporter: Reporter) -> list[Artifact]:
+    for reference in references:
+        if Path(reference).is_file():
+            load_sae(reference)  # says why a file cannot be one
     if references:
         found = [artifact for reference in references for artifact in workspace.find(Kind.SAE, reference)]
         return list({artifact.path.resolve(): artifact for artifact in found}.values())
@@ -81,6 +103,18 @@ def _choose(references: Sequence[str], workspace: Workspace, reporter: Reporter)
     group = newest.name.partition("/")[0]
     reporter.note(f"using the newest saes: {group}")
     return workspace.find(Kind.SAE, group)
+
+
+def _names(saes: Sequence[Artifact], name: str | None) -> list[str]:
+    """A name per analysis: the SAE's own, or `name`, followed by the cell where there are several."""
+    if name is None:
+        return [sae.name.replace("/", "-") for sae in saes]
+    if len(saes) == 1:
+        return [name]
+    cells = [sae.path.name for sae in saes]
+    if len(set(cells)) < len(cells):
+        cells = [sae.name.replace("/", "-") for sae in saes]
+    return [f"{name}-{cell}" for cell in cells]
 
 
 def _analyse(
@@ -103,11 +137,12 @@ def _analyse(
         "options": options.model_dump(),
     }
     if (folder / Kind.TOP_NORMS.mark).is_file():
-        document = commit.read_json(folder / Kind.TOP_NORMS.mark)
-        changed = [key for key, value in wanted.items() if document.get(key) != value]
-        if not changed:
+        document = read_document(artifact, required=("sae", "activations", "options", "groups"))
+        if all(document[key] == value for key, value in wanted.items()):
             return TopNormsArtifact(artifact, document, figures, already_complete=True)
-        raise UsageError(f"--name {name} holds another analysis (of another {changed[0]}); choose another --name")
+        raise UsageError(
+            f"--name {name} holds another analysis ({_difference(document, wanted)}); choose another --name"
+        )
     commit.make_folder(folder)
     commit.remove_leftovers(folder)
     text = token_text(store.manifest, reporter)
@@ -118,6 +153,16 @@ def _analyse(
     save_png(l1_histogram(arrays, result.document), figures[1])
     write_top_norms(folder, result)
     return TopNormsArtifact(artifact, result.document, figures, already_complete=False)
+
+
+def _difference(document: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """What an earlier analysis did otherwise: ``--top 0.01 -> 0.02``, ``SAE a -> b``."""
+    for key, label in (("sae", "SAE"), ("activations", "activations")):
+        old, new = document[key], wanted[key]
+        if old != new:
+            change = "has changed since" if old["name"] == new["name"] else f"-> {new['name']}"
+            return f"{label} {old['name']} {change}"
+    return describe_changes(document["options"], wanted["options"])
 
 
 def _store_of(saved: SavedSae, activations: str | None, workspace: Workspace) -> ActivationStore:
@@ -142,16 +187,28 @@ def _store_of(saved: SavedSae, activations: str | None, workspace: Workspace) ->
 
 
 def _draw_together(
-    saes: Sequence[Artifact], results: Sequence[TopNormsArtifact], workspace: Workspace, reporter: Reporter
-) -> None:
-    """Several SAEs in one figure per quantity, beside their artifacts: top-norms/GROUP-l0.png."""
-    loaded: list[tuple[str, dict[str, np.ndarray], dict[str, Any]]] = [
-        (sae.path.name, load_file(result.artifact.path / "top_norms.safetensors"), result.document)
-        for sae, result in zip(saes, results, strict=True)
-    ]
+    saes: Sequence[Artifact], results: Sequence[TopNormsArtifact], workspace: Workspace, name: str | None
+) -> list[Path]:
+    """Several SAEs in one figure per quantity, beside their artifacts: top-norms/NAME-l0.png; returns the paths."""
     groups = {sae.name.partition("/")[0] for sae in saes}
-    stem = groups.pop() if len(groups) == 1 else "comparison"
-    for quantity in ("l0", "l1"):
-        path = workspace.root / Kind.TOP_NORMS.folder / f"{stem}-{quantity}.png"
-        save_png(compare_histograms(loaded, "l0" if quantity == "l0" else "l1"), path)
-        reporter.note(f"figure of all: {path}")
+    stem = name or (groups.pop() if len(groups) == 1 else "comparison")
+    folder = workspace.root / Kind.TOP_NORMS.folder
+    paths = [folder / f"{stem}-l0.png", folder / f"{stem}-l1.png"]
+    if all(result.already_complete for result in results) and all(path.is_file() for path in paths):
+        return paths
+    loaded: list[tuple[str, dict[str, np.ndarray], dict[str, Any]]] = [
+        (sae.path.name, _load_rows(result.artifact), result.document) for sae, result in zip(saes, results, strict=True)
+    ]
+    save_png(compare_histograms(loaded, "l0"), paths[0])
+    save_png(compare_histograms(loaded, "l1"), paths[1])
+    return paths
+
+
+def _load_rows(artifact: Artifact) -> dict[str, np.ndarray]:
+    path = artifact.path / "top_norms.safetensors"
+    try:
+        return load_file(path, backend="pread")
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}); delete the folder {artifact.path} and run again"
+        ) from error

@@ -16,7 +16,7 @@ def command(
     context: typer.Context,
     saes: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[SAE]...", help="SAEs or groups: names or paths [default: the newest]."),
+        typer.Argument(metavar="SAE", help="SAEs or groups: names or paths [default: the newest]."),
     ] = None,
     top: Annotated[
         str, typer.Option(metavar="SHARE", help="Share of the rows in the top group, and in the bottom.")
@@ -27,7 +27,7 @@ def command(
     rows: Annotated[str | None, typer.Option(metavar="SIZE", help="Held-out rows to use [default: all].")] = None,
     name: Name = None,
 ) -> None:
-    """Compare what SAEs do on the tokens with the largest and smallest norms.
+    """Compare what SAEs do on high-norm and low-norm tokens.
 
     Writes top-norms/NAME per SAE: top_norms.json, top_norms.safetensors and the histograms l0.png and l1.png.
     """
@@ -38,13 +38,12 @@ def command(
     session = session_of(context)
     given = {"top": top, "rows": rows}
     options = validate_options(TopNormsOptions, {key: value for key, value in given.items() if value is not None})
-    results = run_top_norms(saes or [], activations, options, session.workspace, name, session.reporter)
-    for result in results:
-        if result.already_complete:
-            session.reporter.note(f"already complete: {result.artifact.name}")
-        for figure in result.figures:
-            session.reporter.note(f"figure: {figure}")
-    documents = [result.document for result in results]
+    analysis = run_top_norms(saes or [], activations, options, session.workspace, name, session.reporter)
+    artifacts = [result.artifact for result in analysis.results]
+    session.say_where(artifacts, analysis.already_complete)
+    for figure in analysis.figures:
+        session.reporter.note(f"figure: {figure}")
+    documents = [result.document for result in analysis.results]
 
     def show() -> RenderableType:
         parts: list[RenderableType] = [top_norms_table(documents)]
@@ -55,4 +54,4 @@ def command(
             parts += [Text(sentence) for sentence in top_norms_findings(document)]
         return Group(*parts)
 
-    session.finish("analyze-top-norms", [result.artifact for result in results], documents, show)
+    session.finish("analyze-top-norms", artifacts, documents, show)

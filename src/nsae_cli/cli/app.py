@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
 from nsae_cli import __version__, interrupt
 from nsae_cli.cli import analyze, collect, failures, list_, norms, plot, run, train
+from nsae_cli.cli.console import flush_stdout
 from nsae_cli.cli.session import Session
 from nsae_cli.store.workspace import Workspace
 
+_CHAIN = """
+\b
+Four steps, each on the newest result of the one before (mini needs no network):
+  nsae collect --model mini
+  nsae norms
+  nsae train --act tanh-relu --l2-norm sq
+  nsae analyze-top-norms
+"""
+
+# Plain help: rich's boxes cut option values short and swallow everything in square brackets.
 app = typer.Typer(
     name="nsae",
     help="Train sparse autoencoders on a GPT-2's residual stream and measure what high-norm tokens do to them.",
+    epilog=_CHAIN,
     invoke_without_command=True,
+    add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 app.command("collect")(collect.command)
 app.command("norms")(norms.command)
@@ -40,9 +55,12 @@ def _version(asked: bool) -> None:
 def _before_the_command(
     context: typer.Context,
     workspace: Annotated[
-        Path | None, typer.Option(help="Folder of all artifacts (else $NSAE_WORKSPACE, else ./nsae-runs).")
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of all artifacts (else $NSAE_WORKSPACE, else ./nsae-runs)."),
     ] = None,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Say more.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Progress every second, remarks with the time elapsed.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Warnings and errors only.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
@@ -53,31 +71,56 @@ def _before_the_command(
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit
-    context.obj = Session(Workspace.at(workspace), verbosity=int(verbose) - int(quiet), json=json)
+    chosen = Workspace.at(workspace)
+    session: Session = context.obj
+    session.begin(chosen, verbosity=int(verbose) - int(quiet), json=json)
 
 
 def invoke(arguments: list[str]) -> int:
     """Runs one command and returns its exit code; every failure ends with one line on stderr."""
-    debug = "--debug" in arguments
+    session = Session()
     try:
-        app(args=arguments, prog_name="nsae", standalone_mode=False)
-        sys.stdout.flush()
+        app(args=arguments, prog_name="nsae", standalone_mode=False, obj=session)
+        flush_stdout()
     except BaseException as error:
-        if isinstance(error, BrokenPipeError):
-            failures.silence_stdout()
-        failures.save_traceback(error, Path(os.environ.get("NSAE_WORKSPACE") or "nsae-runs"))
-        return failures.report(error, debug)
+        if failures.is_closed_pipe(error):
+            silence_stdout()
+        log = failures.save_traceback(error, session.workspace.root)
+        return failures.report(error, debug="--debug" in arguments, log=log)
     return failures.EXIT_DONE
 
 
 def main() -> None:
     """Entry point of the `nsae` command."""
+    _repair_standard_streams()
     interrupt.install_handlers()
     code = invoke(sys.argv[1:])
     try:
         sys.stdout.flush()
-    except OSError as error:
-        failures.silence_stdout()
-        code = code or failures.report(error, False)
+    except OSError:
+        silence_stdout()  # reported already, or the reader has gone
     # Daemon threads of the libraries must not delay or disturb the exit code.
     sys.exit(code)
+
+
+def silence_stdout() -> None:
+    """Points stdout at nothing, so that the interpreter's own flush at exit cannot fail."""
+    with contextlib.suppress(OSError, ValueError):  # no real file, as under a test
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _repair_standard_streams() -> None:
+    """Opens closed standard streams on nothing, and lets none of them fail on a character that it cannot show."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, so that no artifact gets it
+    sys.stdout = _shown(sys.stdout or open(1, "w", encoding="utf-8", closefd=False))  # noqa: SIM115 - to the end
+    sys.stderr = _shown(sys.stderr or open(2, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def _shown(stream: TextIO) -> TextIO:
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
+    return stream

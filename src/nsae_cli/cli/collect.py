@@ -62,7 +62,7 @@ def command(
     seed: Annotated[str, typer.Option(metavar="INT", help="Recorded; collecting draws nothing at random.")] = "0",
     name: Name = None,
 ) -> None:
-    """Harvest residual-stream activations of a GPT-2 into a store.
+    """Harvest residual-stream activations of a GPT-2.
 
     Writes activations/NAME: safetensors shards with vectors, norms, tokens, positions and documents, and manifest.json.
     """
@@ -77,6 +77,8 @@ def command(
     if context_size is not None:
         values["context"] = context_size
     result = collect(validate_options(CollectConfig, values), session.workspace, session.reporter)
+    if not result.reused:  # then collect has said so
+        session.say_where([result.artifact], reused=False)
     manifest = result.manifest.model_dump()
     shown = {**manifest, "embedded_note": embedded_note(manifest["model"])}
     session.finish("collect", [result.artifact], [manifest], lambda: store_summary(result.artifact.name, shown))

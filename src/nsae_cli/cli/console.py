@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import json
 import shutil
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -21,29 +23,58 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from nsae_cli.errors import ResourceError
 from nsae_cli.reporter import Task
-from nsae_cli.store.commit import to_json
 
 #: Width of tables where stdout is no terminal (a file, a pipe, CI).
 _PLAIN_WIDTH = 110
-#: Seconds between two plain progress lines where stderr is no terminal.
-_PLAIN_SECONDS = 10.0
+#: Width of lists there: one line per entry, for grep and cut.
+_LIST_WIDTH = 10_000
+#: Seconds between two plain progress lines where stderr is no terminal; with --verbose.
+_PLAIN_SECONDS, _VERBOSE_SECONDS = 10.0, 1.0
+
+
+class _Stderr(io.TextIOBase):
+    """stderr as it is at the time of writing. A terminal that has gone, or a full disk behind it, must not end work."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        with contextlib.suppress(OSError, ValueError):
+            return sys.stderr.isatty()
+        return False
+
+    def fileno(self) -> int:
+        return sys.stderr.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # rich asks whether it can draw lines
+        return sys.stderr.encoding or "utf-8"
 
 
 class ConsoleReporter:
     """Implements `reporter.Reporter` on a terminal, or with plain lines where there is none.
 
     Args:
-        verbosity: -1 quiet (warnings only), 0 normal.
+        verbosity: -1 quiet (warnings only), 0 normal, 1 with the time elapsed and progress every second.
     """
 
     def __init__(self, verbosity: int = 0) -> None:
-        self._quiet = verbosity < 0
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._quiet, self._verbose = verbosity < 0, verbosity > 0
+        self._console = Console(file=cast("IO[str]", _Stderr()), highlight=False, soft_wrap=True)
+        self._started = time.monotonic()
 
     def note(self, text: str) -> None:
         if not self._quiet:
-            self._console.print(text, style="dim", markup=False)
+            stamp = f"[{time.monotonic() - self._started:7.1f} s] " if self._verbose else ""
+            self._console.print(stamp + text, style="dim", markup=False)
 
     def warn(self, text: str) -> None:
         self._console.print(f"warning: {text}", style="yellow", markup=False)
@@ -56,7 +87,8 @@ class ConsoleReporter:
             with _bar(self._console) as progress:
                 yield _BarTask(progress, progress.add_task(description, total=total, unit=unit, fields=""), unit)
         else:
-            task = _PlainTask(self._console, description, total, unit)
+            seconds = _VERBOSE_SECONDS if self._verbose else _PLAIN_SECONDS
+            task = _PlainTask(self._console, description, total, unit, seconds)
             yield task
             task.finish()
 
@@ -95,10 +127,11 @@ class _BarTask:
 
 
 class _PlainTask:
-    """A line at the start's first news, then one every few seconds, and one at the end."""
+    """A line every `every` seconds while there is news, and one at the end."""
 
-    def __init__(self, console: Console, description: str, total: int | None, unit: str) -> None:
+    def __init__(self, console: Console, description: str, total: int | None, unit: str, every: float) -> None:
         self._console, self._description, self._total, self._unit = console, description, total, unit
+        self._every = every
         self._fields: dict[str, str] = {}
         self._done, self._started = 0, time.monotonic()
         self._said = self._started
@@ -106,7 +139,7 @@ class _PlainTask:
     def advance(self, amount: int, **fields: str) -> None:
         self._done += amount
         self._fields |= fields
-        if time.monotonic() - self._said >= _PLAIN_SECONDS:
+        if self._done and time.monotonic() - self._said >= self._every:
             self._say()
 
     def finish(self) -> None:
@@ -130,12 +163,40 @@ class _PlainTask:
         self._console.print(", ".join(parts), style="dim", markup=False)
 
 
-def print_result(renderable: RenderableType) -> None:
-    """Prints a table or text on stdout."""
-    width = None if sys.stdout.isatty() else max(_PLAIN_WIDTH, shutil.get_terminal_size((_PLAIN_WIDTH, 24)).columns)
-    Console(width=width, highlight=False).print(renderable)
+def print_result(renderable: RenderableType, *, one_line_each: bool = False) -> None:
+    """Prints a table or text on stdout.
+
+    Args:
+        renderable: what to print.
+        one_line_each: a list: where stdout is no terminal its lines are never folded.
+    """
+    if sys.stdout.isatty():
+        Console(highlight=False).print(renderable)
+        return
+    width = _LIST_WIDTH if one_line_each else max(_PLAIN_WIDTH, shutil.get_terminal_size((_PLAIN_WIDTH, 24)).columns)
+    console = Console(width=width, highlight=False, file=io.StringIO())
+    with console.capture() as capture:
+        console.print(renderable)
+    # rich fills lines up with spaces, which a file need not keep.
+    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
 
 
 def print_json(value: Any) -> None:
-    """Prints exactly one JSON object on stdout."""
-    sys.stdout.write(to_json(value) + "\n")
+    """Prints exactly one JSON object on stdout, in ASCII: it is read by programs, under any encoding."""
+    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def flush_stdout() -> None:
+    """Hands the result to whoever reads it.
+
+    Raises:
+        ResourceError: it cannot be written; a reader that has gone is a BrokenPipeError.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise ResourceError(
+            f"the result could not be written to stdout ({error.strerror or error}); what the command made is complete"
+        ) from error

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import os
 import sys
 import traceback
 from pathlib import Path
@@ -24,11 +24,19 @@ EXIT_CODES: dict[type[BaseException], int] = {
 
 # Typer carries its own copy of Click's exceptions; this is the base of everything that it says about wrong usage.
 _TYPER_USAGE = typer.BadParameter.__mro__[1]
-_ISSUES = "please report it with the output of the same command under --debug"
+
+#: A failure with several problems is one line up to this length; a longer one lists them above its last line.
+_ONE_LINE = 200
+_SESSION_OPTIONS = ("--workspace", "--verbose", "-v", "--quiet", "-q", "--json", "--debug", "--version")
 
 
-def describe(error: BaseException) -> tuple[int, str | None]:
-    """Exit code and message of whatever ended a command; no message where nothing is to be said."""
+def describe(error: BaseException, log: Path | None = None) -> tuple[int, str | None]:
+    """Exit code and message of whatever ended a command; no message where nothing is to be said.
+
+    Args:
+        error: what was raised.
+        log: where the traceback was saved.
+    """
     for kind, code in EXIT_CODES.items():
         if isinstance(error, kind):
             return code, str(error)
@@ -40,51 +48,83 @@ def describe(error: BaseException) -> tuple[int, str | None]:
         return error.exit_code, None
     if isinstance(error, _TYPER_USAGE):
         return EXIT_USAGE, _usage_message(error)
-    if isinstance(error, BrokenPipeError):
+    if is_closed_pipe(error):
         return EXIT_DONE, None
     if isinstance(error, OSError):
         return EXIT_RESOURCE, _os_message(error)
-    if isinstance(error, MemoryError):
-        return EXIT_RESOURCE, "out of memory; lower --batch-size or --buffer"
+    if _is_out_of_memory(error):
+        return EXIT_RESOURCE, "out of memory; lower --batch-size, --buffer or --d-sae"
     first = str(error).strip().splitlines()[:1]
-    return EXIT_BUG, f"a bug in nsae ({type(error).__name__}: {first[0] if first else 'no message'}); {_ISSUES}"
+    where = "report it with the output of the same command under --debug" if log is None else f"report it with {log}"
+    return EXIT_BUG, f"a bug in nsae ({type(error).__name__}: {first[0][:120] if first else 'no message'}); {where}"
+
+
+def is_closed_pipe(error: BaseException) -> bool:
+    """Whether the reader of stdout has gone, as in ``nsae list | head -1``. Typer makes a SystemExit of it."""
+    cause = error.__context__ if isinstance(error, SystemExit) else error
+    return isinstance(cause, BrokenPipeError)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Python's, CUDA's (a RuntimeError of that name) and torch's own on the CPU (a RuntimeError with that text)."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
 
 
 def _usage_message(error: BaseException) -> str:
     message = error.format_message() if hasattr(error, "format_message") else str(error)
+    message = message.replace("Value error, ", "").rstrip(".")
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "nsae"
-    return f"{message.rstrip('.')}; see `{command} --help`"
+    option = getattr(error, "option_name", None)
+    if option in _SESSION_OPTIONS and command != "nsae":
+        return f"{option} stands before the command: nsae {option} ... {command.removeprefix('nsae ')}"
+    if message.startswith("No such command") and context is not None:
+        message = f"{message.removesuffix('?')}; known are {', '.join(context.command.commands)}"
+    see = f"; see `{command} --help`" if context is not None else ""
+    return f"{message[:1].lower()}{message[1:]}{see}"
 
 
 def _os_message(error: OSError) -> str:
     where = f": {error.filename}" if error.filename else ""
     if error.errno == errno.ENOSPC:
-        return f"disk full{where}; free space and run the same command again"
+        return f"no space left to write to{where}; free space and run the same command again"
     return f"{error.strerror or error}{where}; check the path and its permissions"
 
 
-def report(error: BaseException, debug: bool) -> int:
-    """Prints the failure's one line on stderr (after the traceback, with --debug) and returns the exit code."""
-    code, message = describe(error)
-    if debug and not isinstance(error, typer.Exit):
-        traceback.print_exception(error, file=sys.stderr)
-    if message is not None:
-        print("nsae: " + " ".join(message.split()), file=sys.stderr, flush=True)
+def report(error: BaseException, debug: bool, log: Path | None = None) -> int:
+    """Prints the failure's one line on stderr and returns the exit code.
+
+    With --debug the traceback stands above it, and so do many problems: then the line names the first and their number.
+    """
+    code, message = describe(error, log)
+    with contextlib.suppress(OSError, ValueError):  # a stderr that has gone changes no exit code
+        if debug and message is not None:
+            traceback.print_exception(error, file=sys.stderr)
+        if message is not None:
+            problems = [_one_line(problem) for problem in getattr(error, "problems", [])]
+            if len(problems) > 1 and len(message) > _ONE_LINE:
+                print(*problems, sep="\n", file=sys.stderr)
+                message = f"{problems[0]} (and {len(problems) - 1} more, listed above)"
+            print(f"nsae: {_one_line(message)}", file=sys.stderr, flush=True)
     return code
 
 
-def save_traceback(error: BaseException, folder: Path) -> None:
-    """Keeps the traceback of an unexpected error in `folder`/error.log for a bug report."""
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def save_traceback(error: BaseException, workspace: Path) -> Path | None:
+    """Keeps the traceback of a bug in the workspace's error.log; returns where, or None where there is none."""
     if describe(error)[0] != EXIT_BUG:
-        return
+        return None
+    log = workspace / "error.log"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "error.log").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        workspace.mkdir(parents=True, exist_ok=True)
+        log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     except OSError:
-        pass  # The line on stderr says what happened; a log that cannot be written must not hide it.
-
-
-def silence_stdout() -> None:
-    """Points stdout at nothing, so that the interpreter's own flush at exit cannot fail on a closed pipe."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return None  # The line on stderr says what happened; a log that cannot be written must not hide it.
+    return log

@@ -13,7 +13,9 @@ from nsae_cli.store.workspace import Kind
 
 def command(
     context: typer.Context,
-    activations: Annotated[str | None, typer.Argument(help="Store: a name or a path [default: the newest].")] = None,
+    activations: Annotated[
+        str | None, typer.Argument(metavar="ACTIVATIONS", help="Store: a name or a path [default: the newest].")
+    ] = None,
     probe: Annotated[
         bool,
         typer.Option("--probe", help="Rerun the model with other first tokens and another first positional embedding."),
@@ -24,7 +26,7 @@ def command(
     device: Device = "auto",
     name: Name = None,
 ) -> None:
-    """Measure the norms of a store's activations: quantiles, sinks, and what they would do to a loss.
+    """Measure norms and sinks, and what they do to a loss.
 
     Writes norms/NAME: norms.json, norms.safetensors and the figures norms.png and norms-position0.png.
     """
@@ -37,8 +39,7 @@ def command(
     options = validate_options(NormsOptions, given(context, without=("activations", "name")))
     [store] = session.choose(Kind.ACTIVATIONS, activations)
     result = run_norms(open_activations(store.path), options, session.workspace, name, session.reporter)
-    if result.already_complete:
-        session.reporter.note(f"already complete: {result.artifact.name}")
+    session.say_where([result.artifact], result.already_complete)
     for figure in result.figures:
         session.reporter.note(f"figure: {figure}")
     session.finish("norms", [result.artifact], [result.document], lambda: norms_table(result.document))

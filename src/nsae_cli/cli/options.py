@@ -7,9 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
+from nsae_cli.store.workspace import check_name
+
+
+def _checked(name: str | None) -> str | None:
+    return None if name is None else check_name(name)
+
+
 Name = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Name of the result [default: made from the input and the options]."),
+    typer.Option(
+        metavar="NAME", callback=_checked, help="Name of the result [default: made from the input and the options]."
+    ),
 ]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:N|mps", help="Where to compute.")]
 

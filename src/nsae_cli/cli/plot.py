@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from nsae_cli.cli.options import Name
 from nsae_cli.cli.session import session_of
+from nsae_cli.errors import UsageError
 
 
 class What(StrEnum):
@@ -22,23 +22,28 @@ class What(StrEnum):
 def command(
     context: typer.Context,
     what: Annotated[
-        What, typer.Argument(help="activation: relu and tanh-relu with their derivatives; training: curves.")
+        What,
+        typer.Argument(
+            metavar="WHAT",
+            help="activation: relu and tanh-relu with their derivatives; training: curves of SAEs.",
+        ),
     ],
     saes: Annotated[
-        list[str] | None, typer.Argument(metavar="[SAE]...", help="For training: SAEs or groups [default: the newest].")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="File to write [default: plots/WHAT.png in the workspace].")
+        list[str] | None, typer.Argument(metavar="SAE", help="For training: SAEs or groups [default: the newest].")
     ] = None,
     name: Name = None,
 ) -> None:
-    """Draw a figure that is not part of another artifact."""
+    """Draw a figure that belongs to no other artifact.
+
+    Writes plots/NAME.png in the workspace; without --name NAME is activation, or the SAE's or group's name.
+    """
     from nsae_cli.analysis.plots import draw_activation, draw_training
 
     session = session_of(context)
-    path = output or session.workspace.root / "plots" / f"{name or what.value}.png"
     if what is What.activation:
-        draw_activation(path)
+        if saes:
+            raise UsageError(f"plot activation draws no SAE; did you mean `nsae plot training {' '.join(saes)}`?")
+        path = draw_activation(session.workspace, name)
     else:
-        draw_training(saes or [], session.workspace, path, session.reporter)
+        path = draw_training(saes or [], session.workspace, name, session.reporter)
     session.finish_file("plot", path)

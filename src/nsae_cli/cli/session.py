@@ -11,21 +11,30 @@ import typer
 from rich.console import RenderableType
 
 from nsae_cli.cli.console import ConsoleReporter, print_json, print_result
+from nsae_cli.errors import ResourceError
 from nsae_cli.reporter import Reporter
 from nsae_cli.store.workspace import Artifact, Kind, Workspace
 
 
 @dataclass
 class Session:
-    """The options that stand before the command."""
+    """The options that stand before the command; their defaults until `begin`."""
 
-    workspace: Workspace
-    verbosity: int = 0
+    workspace: Workspace = field(default_factory=lambda: Workspace.at(None))
     json: bool = False
-    reporter: Reporter = field(init=False)
+    reporter: Reporter = field(default_factory=ConsoleReporter)
 
-    def __post_init__(self) -> None:
-        self.reporter = ConsoleReporter(self.verbosity)
+    def begin(self, workspace: Workspace, verbosity: int, json: bool) -> None:
+        """Takes over the options.
+
+        Raises:
+            ResourceError: the workspace, or a folder above it, is a file.
+        """
+        self.workspace, self.json, self.reporter = workspace, json, ConsoleReporter(verbosity)
+        root = workspace.root.absolute()
+        existing = next(folder for folder in (root, *root.parents) if folder.exists())
+        if not existing.is_dir():
+            raise ResourceError(f"workspace {workspace.root}: {existing} is a file, not a folder; choose --workspace")
 
     def choose(self, kind: Kind, reference: str | None) -> list[Artifact]:
         """The artifacts that a positional argument names; without one the newest complete, said on stderr."""
@@ -34,6 +43,14 @@ class Session:
         newest = self.workspace.newest(kind)
         self.reporter.note(f"using the newest {kind.folder}: {newest.name}")
         return [newest]
+
+    def say_where(self, artifacts: list[Artifact], reused: bool) -> None:
+        """One line on stderr: where the artifacts are, and whether they were there before."""
+        folders = list(dict.fromkeys(artifact.path for artifact in artifacts))
+        parents = {folder.parent for folder in folders}
+        where = folders[0] if len(folders) == 1 else parents.pop() if len(parents) == 1 else self.workspace.root
+        what = "" if len(folders) == 1 else f"{len(folders)} artifacts in "
+        self.reporter.note(f"{'already complete' if reused else 'saved'}: {what}{where}")
 
     def finish(
         self, command: str, artifacts: list[Artifact], results: list[Any], show: Callable[[], RenderableType]
@@ -62,15 +79,15 @@ class Session:
             print(path)
 
     def finish_rows(self, command: str, rows: list[dict[str, Any]], show: Callable[[], RenderableType]) -> None:
-        """Prints a list that is no artifact."""
+        """Prints a list that is no artifact, a line per entry however wide where stdout is no terminal."""
         if self.json:
             print_json({"command": command, "artifact": None, "result": rows})
         else:
-            print_result(show())
+            print_result(show(), one_line_each=True)
 
 
 def session_of(context: typer.Context) -> Session:
-    """The session that the callback before the command made."""
+    """The session that `cli.app.invoke` made for this command."""
     found = context.find_root().obj
     assert isinstance(found, Session)
     return found

@@ -11,44 +11,42 @@ from nsae_cli.cli.options import Device, Name, given
 from nsae_cli.cli.session import session_of
 from nsae_cli.store.workspace import Kind
 
-_LIST = "a comma list trains a grid"
-
 
 def command(
     context: typer.Context,
-    activations: Annotated[str | None, typer.Argument(help="Store: a name or a path [default: the newest].")] = None,
-    act: Annotated[str, typer.Option(metavar="relu|tanh-relu", help=f"Activation; {_LIST}.")] = "relu",
+    activations: Annotated[
+        str | None, typer.Argument(metavar="ACTIVATIONS", help="Store: a name or a path [default: the newest].")
+    ] = None,
+    act: Annotated[str, typer.Option(metavar="relu|tanh-relu", help="* Activation.")] = "relu",
     l2_norm: Annotated[
-        str, typer.Option(metavar="none|norm|sq", help=f"Divide the squared error by nothing, ‖x‖ or ‖x‖²; {_LIST}.")
+        str, typer.Option(metavar="none|norm|sq", help="* Divide the squared error by nothing, ‖x‖ or ‖x‖².")
     ] = "none",
     l1_norm: Annotated[
-        str, typer.Option(metavar="none|norm", help=f"Divide the sparsity penalty by nothing or ‖x‖; {_LIST}.")
+        str, typer.Option(metavar="none|norm", help="* Divide the sparsity penalty by nothing or ‖x‖.")
     ] = "none",
     decoder: Annotated[
         str | None,
         typer.Option(
             metavar="unit|free|bounded",
-            help=f"W_dec's rows: norm 1, free, or scaled norm ≤ 1; {_LIST} [default: relu unit, tanh-relu free].",
+            help="* W_dec's rows: norm 1, free, or scaled norm ≤ 1 [default: relu unit, tanh-relu free].",
         ),
     ] = None,
-    sparsity: Annotated[
-        str, typer.Option(metavar="l1|l1-decoder-norm|tanh", help=f"Sparsity penalty; {_LIST}.")
-    ] = "l1",
+    sparsity: Annotated[str, typer.Option(metavar="l1|l1-decoder-norm|tanh", help="* Sparsity penalty.")] = "l1",
     alpha: Annotated[
         str | None,
-        typer.Option(metavar="FLOAT", help=f"Sparsity coefficient α; {_LIST} [default: relu 0.2, tanh-relu 0.03]."),
+        typer.Option(metavar="FLOAT", help="* Sparsity coefficient α [default: relu 0.2, tanh-relu 0.03]."),
     ] = None,
     alpha_scale: Annotated[
-        str, typer.Option(metavar="layer-norm|none|note", help=f"How the penalty's weight β follows from α; {_LIST}.")
+        str, typer.Option(metavar="layer-norm|none|note", help="* How the penalty's weight β follows from α.")
     ] = "layer-norm",
     alpha_warm_up: Annotated[str, typer.Option(metavar="SHARE", help="Share of the steps over which α rises.")] = "20%",
     noise: Annotated[
-        str, typer.Option(metavar="FLOAT", help=f"σ of training noise on pre-activations, in scaled units; {_LIST}.")
+        str, typer.Option(metavar="FLOAT", help="* σ of training noise on pre-activations, in scaled units.")
     ] = "0",
     expansion_factor: Annotated[
-        str | None, typer.Option(metavar="FLOAT", help=f"Features per dimension; {_LIST} [default: 8].")
+        str | None, typer.Option(metavar="FLOAT", help="* Features per dimension [default: 8].")
     ] = None,
-    d_sae: Annotated[str | None, typer.Option(metavar="SIZE", help=f"Number of features instead; {_LIST}.")] = None,
+    d_sae: Annotated[str | None, typer.Option(metavar="SIZE", help="* Number of features instead.")] = None,
     layers: Annotated[
         str | None, typer.Option(metavar="all|6|0,3|0-3", help="Which stored layers [default: all of them].")
     ] = None,
@@ -58,29 +56,29 @@ def command(
     ] = None,
     batch_size: Annotated[str, typer.Option(metavar="SIZE", help="Rows per step.")] = "2048",
     lr: Annotated[
-        str | None, typer.Option(metavar="FLOAT", help=f"Adam's learning rate; {_LIST} [default: 2e-4·√(16384/d_sae)].")
+        str | None, typer.Option(metavar="FLOAT", help="* Adam's learning rate [default: 2e-4·√(16384/d_sae)].")
     ] = None,
     lr_warm_up: Annotated[str, typer.Option(metavar="SHARE", help="Share of the steps over which lr rises.")] = "5%",
     clip: Annotated[str, typer.Option(metavar="FLOAT|off", help="Largest gradient norm, in scaled units.")] = "off",
     input_scale: Annotated[
         str, typer.Option(metavar="auto|FLOAT", help="s of x' = s·x; auto makes a typical row's norm √d_in.")
     ] = "auto",
-    sinks: Annotated[
-        str, typer.Option(metavar="keep|drop", help=f"Train on sink rows or leave them out; {_LIST}.")
-    ] = "keep",
+    sinks: Annotated[str, typer.Option(metavar="keep|drop", help="* Train on sink rows or leave them out.")] = "keep",
     dead_window: Annotated[
         str, typer.Option(metavar="SIZE", help="Tokens after which a silent feature counts as dead.")
     ] = "262144",
     buffer: Annotated[
         str, typer.Option(metavar="SIZE", help="Rows that are mixed in memory at a time; bounds host memory.")
     ] = "524288",
-    seed: Annotated[str, typer.Option(metavar="INT", help=f"Of data order, initialisation and noise; {_LIST}.")] = "0",
+    seed: Annotated[str, typer.Option(metavar="INT", help="* Of data order, initialisation and noise.")] = "0",
     device: Device = "auto",
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Only deterministic kernels (CUDA).")] = False,
     checkpoint_every: Annotated[str, typer.Option(metavar="TIME|STEPS", help="How often to save a checkpoint.")] = "5m",
     name: Name = None,
 ) -> None:
-    """Train sparse autoencoders on a store; commas span a grid that learns from one pass.
+    """Train sparse autoencoders on a store.
+
+    Options marked * take a comma list: a grid of SAEs that learns from one pass over the activations.
 
     Writes saes/NAME (or saes/NAME/CELL for a grid): weights in SAELens' layout, run.json with every metric on held-out
     rows, metrics.jsonl. Ctrl-C saves a checkpoint; the same command goes on from it.
@@ -95,8 +93,7 @@ def command(
     options = validate_options(TrainOptions, given(context, without=("activations", "name")))
     [store] = session.choose(Kind.ACTIVATIONS, activations)
     result = train(options, open_activations(store.path), session.workspace, name, session.reporter)
-    if result.already_complete:
-        session.reporter.note(f"already complete: {result.name}")
+    session.say_where(result.artifacts, result.already_complete)
 
     def show() -> RenderableType:
         return train_table(result.runs, [artifact.name for artifact in result.artifacts], result.runs[0])

@@ -3,142 +3,214 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nsae_cli.errors import UsageError
+from nsae_cli.assets import EMBEDDED_MODELS
+from nsae_cli.errors import ArtifactError, UsageError
 from nsae_cli.experiment.stages import COMMANDS, CommandSpec, Stage
-from nsae_cli.experiment.yaml_file import Located, plain, read_yaml
-from nsae_cli.store.workspace import Kind, check_name
+from nsae_cli.experiment.yaml_file import Located, Problem, plain, read_yaml
+from nsae_cli.lm.corpus import BUILTIN
+from nsae_cli.store.workspace import Kind, Workspace, check_name
 from nsae_cli.values import validate_options
 
+#: Options that may hold a path, and what they may hold that only looks like one.
+_PATH_OPTIONS = {"model": EMBEDDED_MODELS, "corpus": (BUILTIN,)}
 
-def load_config(path: Path) -> list[Stage]:
+
+def load_config(path: Path, workspace: Workspace) -> list[Stage]:
     """Reads and checks a configuration.
 
     ``stages:`` is a list of ``{command: {option: value or list, name: …}}``. A stage reads what its input key names
-    (``activations``, ``saes``), else what the latest stage before it made; relative paths are taken from the file.
+    (``activations``, ``saes``): an earlier stage's name, a name in the workspace, or a path; without the key it reads
+    what the latest stage before it made. Relative paths are taken from the file.
+
+    Args:
+        path: the file.
+        workspace: where names that no stage makes are looked up.
 
     Raises:
         UsageError: every problem found, each with file and line.
     """
-    document = read_yaml(path)
-    problems: list[str] = []
-    stages: list[Stage] = []
-    made: dict[Kind, str] = {}
-    for command, line, body in _entries(path, document, problems):
-        stage = _stage(path, command, line, body, made, problems)
-        if stage is not None:
-            stages.append(stage)
-            if stage.name is not None:
-                made[COMMANDS[command].makes] = stage.name
+    problems: list[Problem] = []
+    document = read_yaml(path, problems)
+    reader = _Reader(path, workspace, problems)
+    for entry in reader.entries(document):
+        reader.add_stage(entry)
     if problems:
-        raise UsageError.from_problems(problems)
-    return stages
+        raise UsageError.from_problems([f"{path}:{line}: {text}" for line, text in sorted(problems)])
+    return reader.stages
 
 
-def _entries(path: Path, document: Located, problems: list[str]) -> Iterable[tuple[str, int, Located]]:
-    if not isinstance(document.value, dict):
-        problems.append(f"{path}:{document.line}: expected `stages:` with a list of commands")
-        return
-    for key, line in document.key_lines.items():
-        if key != "stages":
-            problems.append(f"{path}:{line}: unknown key {key!r}{_nearest(key, ['stages'])}")
-    listed = document.value.get("stages")
-    if listed is None or not isinstance(listed.value, list) or not listed.value:
-        problems.append(f"{path}:{document.line}: expected `stages:` with a list of commands")
-        return
-    for entry in listed.value:
-        if not isinstance(entry.value, dict) or len(entry.value) != 1:
-            problems.append(f"{path}:{entry.line}: a stage is one command with its options, as in `- norms: {{}}`")
-            continue
-        [(command, body)] = entry.value.items()
-        yield command, entry.key_lines[command], body
+@dataclass(frozen=True)
+class _Entry:
+    """A stage as written: its command, the line of the command, its options with their lines."""
+
+    command: str
+    line: int
+    body: Located
 
 
-def _stage(
-    path: Path, command: str, line: int, body: Located, made: dict[Kind, str], problems: list[str]
-) -> Stage | None:
-    spec = COMMANDS.get(command)
-    if spec is None:
-        problems.append(f"{path}:{line}: unknown command {command!r}{_nearest(command, COMMANDS)}")
-        return None
-    if body.value is not None and not isinstance(body.value, dict):
-        problems.append(f"{path}:{line}: the options of {command} are not a mapping")
-        return None
-    before = len(problems)
-    values = plain(body) if body.value is not None else {}
-    reserved = {"name": values.get("name")} | {
-        key: values.get(key) for key in (spec.input_key, *spec.extra_keys) if key
-    }
-    known = [*reserved, *spec.options.model_fields]
-    for key, key_line in body.key_lines.items():
-        if key not in known:
-            problems.append(f"{path}:{key_line}: {command} has no option {key!r}{_nearest(key, known)}")
-    options = {key: value for key, value in values.items() if key in spec.options.model_fields and value is not None}
-    if command != "collect":
-        options.pop("name", None)
-    _make_paths_absolute(options, path.parent)
-    checked = _validate(path, spec, options, body, problems)
-    name = _name(path, command, values.get("name"), line, problems)
-    inputs = _inputs(path, spec, command, reserved, line, made, problems)
-    if len(problems) > before:
-        return None
-    activations = reserved.get("activations") if "activations" in spec.extra_keys else None
-    return Stage(command, checked, inputs, name, activations)
+@dataclass
+class _Reader:
+    """Turns entries into stages, one after another, and collects what is wrong with them."""
 
+    path: Path
+    workspace: Workspace
+    problems: list[Problem]
+    stages: list[Stage] = field(default_factory=list)
+    #: Number of the latest stage that makes a kind, and all names that earlier stages give to it.
+    _latest: dict[Kind, int] = field(default_factory=dict)
+    _named: dict[Kind, set[str]] = field(default_factory=dict)
+    _number: int = 0
 
-def _validate(path: Path, spec: CommandSpec, options: dict[str, Any], body: Located, problems: list[str]) -> Any:
-    try:
-        return validate_options(spec.options, options)
-    except UsageError as error:
-        for problem in str(error).split("; "):
-            option = problem.partition(" ")[0].removeprefix("--").replace("-", "_")
-            line = body.key_lines.get(option, body.line)
-            problems.append(f"{path}:{line}: {problem.replace('--' + option.replace('_', '-'), option, 1)}")
-        return None
+    def entries(self, document: Located) -> Iterator[_Entry]:
+        """The stages of a document."""
+        listed = document.value.get("stages") if isinstance(document.value, dict) else None
+        for key, line in document.key_lines.items():
+            if key != "stages":
+                self._problem(line, f"unknown key {key!r}{_nearest(key, ['stages'])}")
+        if listed is None or not isinstance(listed.value, list) or not listed.value:
+            self._problem(
+                document.line if listed is None else listed.line, "expected `stages:` with a list of commands"
+            )
+            return
+        for entry in listed.value:
+            if isinstance(entry.value, str):
+                yield _Entry(entry.value, entry.line, Located(None, entry.line))  # `- norms`, without options
+            elif isinstance(entry.value, dict) and len(entry.value) == 1:
+                [(command, body)] = entry.value.items()
+                yield _Entry(command, entry.key_lines[command], body)
+            else:
+                self._problem(entry.line, "a stage is one command with its options, as in `- norms: {name: first}`")
 
+    def add_stage(self, entry: _Entry) -> None:
+        """Checks one entry; what it makes counts as made for later ones even if its options are wrong."""
+        spec = COMMANDS.get(entry.command)
+        if spec is None:
+            self._problem(entry.line, f"unknown command {entry.command!r}{_nearest(entry.command, COMMANDS)}")
+            return
+        if not isinstance(entry.body.value, dict | None):
+            self._problem(entry.line, f"the options of {entry.command} are not a mapping, as in `{{name: first}}`")
+            return
+        before = len(self.problems)
+        values: dict[str, Any] = plain(entry.body) or {}
+        inputs = [key for key in (spec.input_key, spec.store_key) if key is not None]
+        known = ["name", *inputs, *(key for key in spec.options.model_fields if key != "name")]
+        for key in values:
+            if key not in known:
+                self._problem(entry.body.key_lines[key], f"{entry.command} has no option {key!r}{_nearest(key, known)}")
+        name = self._name(entry, values)
+        options = self._options(entry, spec, values, name)
+        reads = self._reads(entry, spec, values)
+        store = self._store(entry, spec, values)
+        if len(self.problems) == before:
+            place = f"{self.path}:{entry.line}"
+            self.stages.append(Stage(entry.command, place, options, reads, name, store))
+        self._latest[spec.makes] = self._number
+        self._number += 1
+        if name is not None:
+            self._named.setdefault(spec.makes, set()).add(name)
 
-def _name(path: Path, command: str, name: Any, line: int, problems: list[str]) -> str | None:
-    if name is None:
-        problems.append(f"{path}:{line}: {command} needs a name, by which later stages refer to it")
-        return None
-    try:
-        return check_name(str(name))
-    except UsageError as error:
-        problems.append(f"{path}:{line}: {str(error).removeprefix('--')}")
-        return None
+    def _name(self, entry: _Entry, values: dict[str, Any]) -> str | None:
+        name = values.get("name")
+        if name is None:
+            return None
+        line = entry.body.key_lines["name"]
+        if isinstance(name, (dict, list)):
+            self._problem(line, "name: expected a text")
+            return None
+        try:
+            return check_name(str(name))
+        except UsageError as error:
+            self._problem(line, str(error).removeprefix("--"))
+            return None
 
+    def _options(self, entry: _Entry, spec: CommandSpec, values: dict[str, Any], name: str | None) -> Any:
+        fields = spec.options.model_fields
+        chosen = {key: value for key, value in values.items() if key in fields and value is not None}
+        chosen.pop("name", None)
+        if name is not None and "name" in fields:
+            chosen["name"] = name
+        for key, words in _PATH_OPTIONS.items():
+            if isinstance(chosen.get(key), str) and chosen[key] not in words:
+                chosen[key] = self._from_the_file(chosen[key])
+        try:
+            return validate_options(spec.options, chosen)
+        except UsageError as error:
+            for problem in error.problems:
+                # Problems name options as on the command line; here they are keys.
+                option = problem.partition(" ")[0]
+                key = option.removeprefix("--").replace("-", "_")
+                line = entry.body.key_lines.get(key, entry.line)
+                self._problem(line, problem.replace(option, key, 1) if option.startswith("--") else problem)
+            return None
 
-def _inputs(
-    path: Path,
-    spec: CommandSpec,
-    command: str,
-    reserved: dict[str, Any],
-    line: int,
-    made: dict[Kind, str],
-    problems: list[str],
-) -> list[str]:
-    if spec.input_key is None or spec.reads is None:
-        return []
-    given = reserved.get(spec.input_key)
-    if given is None:
-        if spec.reads not in made:
-            problems.append(f"{path}:{line}: {command} reads {spec.input_key}, but no stage before it makes any")
+    def _reads(self, entry: _Entry, spec: CommandSpec, values: dict[str, Any]) -> list[str] | int:
+        """What the stage reads: the names given, or the number of the stage that made the latest."""
+        if spec.input_key is None or spec.reads is None:
             return []
-        return [made[spec.reads]]
-    return [str(item) for item in given] if isinstance(given, list) else [str(given)]
+        given = values.get(spec.input_key)
+        if given is None:
+            if spec.reads not in self._latest:
+                self._problem(
+                    entry.line,
+                    f"{entry.command} reads {spec.input_key}, but no stage before it makes any; "
+                    f"name one with {spec.input_key}:",
+                )
+            return self._latest.get(spec.reads, 0)
+        line = entry.body.key_lines[spec.input_key]
+        listed = given if isinstance(given, list) else [given]
+        if not listed or any(isinstance(item, (dict, list)) or item is None for item in listed):
+            self._problem(line, f"{spec.input_key}: expected a name or a path")
+            return []
+        if len(listed) > 1 and not spec.several_inputs:
+            self._problem(
+                line, f"{spec.input_key}: {entry.command} reads one, not {len(listed)}; write a stage for each"
+            )
+            return []
+        return [self._reference(str(item), spec.reads, spec.input_key, line) for item in listed]
 
+    def _store(self, entry: _Entry, spec: CommandSpec, values: dict[str, Any]) -> str | None:
+        if spec.store_key is None or values.get(spec.store_key) is None:
+            return None
+        line, given = entry.body.key_lines[spec.store_key], values[spec.store_key]
+        if isinstance(given, (dict, list)):
+            self._problem(line, f"{spec.store_key}: expected a name or a path")
+            return None
+        return self._reference(str(given), Kind.ACTIVATIONS, spec.store_key, line)
 
-def _make_paths_absolute(options: dict[str, Any], folder: Path) -> None:
-    """A model or corpus that exists relative to the file is meant, wherever the command is run."""
-    for key in ("model", "corpus"):
-        value = options.get(key)
-        if isinstance(value, str) and not Path(value).is_absolute() and (folder / value).exists():
-            options[key] = str(folder / value)
+    def _reference(self, reference: str, kind: Kind, key: str, line: int) -> str:
+        """A name that an earlier stage gives or the workspace holds, as it is; a path, from the file's folder."""
+        named = self._named.get(kind, set())
+        if reference in named or reference.partition("/")[0] in named:
+            return reference
+        if not self.workspace.folder(kind, reference).is_dir():
+            reference = self._from_the_file(reference)
+        try:
+            self.workspace.find(kind, reference)
+        except UsageError:
+            hint = _nearest(reference, named) if named else ""
+            self._problem(
+                line,
+                f"{key}: no stage before this one and nothing in {self.workspace.root} is named {reference!r}{hint}",
+            )
+        except ArtifactError as error:
+            self._problem(line, f"{key}: {error}")
+        return reference
+
+    def _from_the_file(self, value: str) -> str:
+        """A relative path that is meant from the file's folder, wherever the command is run; else the value itself."""
+        if value.startswith(("./", "../")) or (value and (self.path.parent / value).exists()):
+            return str(self.path.parent / value)
+        return value
+
+    def _problem(self, line: int, text: str) -> None:
+        self.problems.append((line, text))
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"

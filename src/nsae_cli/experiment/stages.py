@@ -14,7 +14,7 @@ from nsae_cli.analysis.top_norms_artifact import TopNormsOptions, run_top_norms
 from nsae_cli.lm.collect import collect
 from nsae_cli.lm.config import CollectConfig
 from nsae_cli.reporter import Reporter
-from nsae_cli.store.shards import open_activations
+from nsae_cli.store.shards import ActivationStore, open_activations
 from nsae_cli.store.workspace import Artifact, Kind, Workspace
 from nsae_cli.training.loop import train
 from nsae_cli.training.options import TrainOptions
@@ -36,67 +36,83 @@ class Stage:
     """A checked stage.
 
     Attributes:
+        command: as on the command line.
+        place: ``file:line`` where it stands.
         options: the command's validated options.
-        inputs: names in the workspace or paths that it reads; empty where the command takes none.
-        name: of its result, or None.
+        reads: what it reads: names in the workspace, paths, or the number of the stage whose result it reads; empty
+            where the command takes no input.
+        name: of its result, or None for the default.
         activations: for analyze-top-norms, the store to measure on, or None.
     """
 
     command: str
+    place: str
     options: Any
-    inputs: list[str]
+    reads: list[str] | int
     name: str | None
     activations: str | None
+
+    @property
+    def label(self) -> str:
+        """Command and name, for progress and messages."""
+        return self.command if self.name is None else f"{self.command} {self.name}"
 
 
 @dataclass(frozen=True)
 class CommandSpec:
-    """How a command appears in a configuration."""
+    """How a command appears in a configuration.
+
+    Attributes:
+        options: its options.
+        makes: the kind of its result.
+        input_key: the key that names its input; None where it takes none.
+        reads: the kind of that input.
+        run: carries the stage out; takes the stage, the names that it reads, the workspace and a reporter.
+        several_inputs: whether it can read more than one.
+        store_key: a second key that names a store to measure on.
+    """
 
     options: type[BaseModel]
     makes: Kind
-    reads: Kind | None
     input_key: str | None
-    run: Callable[[Stage, Workspace, Reporter], StageResult]
-    extra_keys: tuple[str, ...] = ()
+    reads: Kind | None
+    run: Callable[[Stage, list[str], Workspace, Reporter], StageResult]
+    several_inputs: bool = False
+    store_key: str | None = None
 
 
-def _collect(stage: Stage, workspace: Workspace, reporter: Reporter) -> StageResult:
+def _collect(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:
     result = collect(stage.options, workspace, reporter)
     return StageResult("collect", [result.artifact], [result.manifest.model_dump()], [], result.reused)
 
 
-def _store(stage: Stage, workspace: Workspace) -> Any:
-    [artifact] = workspace.find(Kind.ACTIVATIONS, stage.inputs[0])
+def _store(reference: str, workspace: Workspace) -> ActivationStore:
+    [artifact] = workspace.find(Kind.ACTIVATIONS, reference)
     return open_activations(artifact.path)
 
 
-def _norms(stage: Stage, workspace: Workspace, reporter: Reporter) -> StageResult:
-    result = run_norms(_store(stage, workspace), stage.options, workspace, stage.name, reporter)
+def _norms(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:
+    result = run_norms(_store(inputs[0], workspace), stage.options, workspace, stage.name, reporter)
     return StageResult("norms", [result.artifact], [result.document], result.figures, result.already_complete)
 
 
-def _train(stage: Stage, workspace: Workspace, reporter: Reporter) -> StageResult:
-    result = train(stage.options, _store(stage, workspace), workspace, stage.name, reporter)
+def _train(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:
+    result = train(stage.options, _store(inputs[0], workspace), workspace, stage.name, reporter)
     return StageResult("train", result.artifacts, result.runs, [], result.already_complete)
 
 
-def _analyze(stage: Stage, workspace: Workspace, reporter: Reporter) -> StageResult:
-    results = run_top_norms(stage.inputs, stage.activations, stage.options, workspace, stage.name, reporter)
-    return StageResult(
-        "analyze-top-norms",
-        [result.artifact for result in results],
-        [result.document for result in results],
-        [figure for result in results for figure in result.figures],
-        all(result.already_complete for result in results),
-    )
+def _analyze(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:
+    analysis = run_top_norms(inputs, stage.activations, stage.options, workspace, stage.name, reporter)
+    artifacts = [result.artifact for result in analysis.results]
+    documents = [result.document for result in analysis.results]
+    return StageResult("analyze-top-norms", artifacts, documents, analysis.figures, analysis.already_complete)
 
 
 COMMANDS: dict[str, CommandSpec] = {
     "collect": CommandSpec(CollectConfig, Kind.ACTIVATIONS, None, None, _collect),
-    "norms": CommandSpec(NormsOptions, Kind.NORMS, Kind.ACTIVATIONS, "activations", _norms),
-    "train": CommandSpec(TrainOptions, Kind.SAE, Kind.ACTIVATIONS, "activations", _train),
+    "norms": CommandSpec(NormsOptions, Kind.NORMS, "activations", Kind.ACTIVATIONS, _norms),
+    "train": CommandSpec(TrainOptions, Kind.SAE, "activations", Kind.ACTIVATIONS, _train),
     "analyze-top-norms": CommandSpec(
-        TopNormsOptions, Kind.TOP_NORMS, Kind.SAE, "saes", _analyze, extra_keys=("activations",)
+        TopNormsOptions, Kind.TOP_NORMS, "saes", Kind.SAE, _analyze, several_inputs=True, store_key="activations"
     ),
 }

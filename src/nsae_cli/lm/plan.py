@@ -74,7 +74,9 @@ def _expected_rows(
     if text_bytes is None:
         return limit, False
     sample_tokens = sum(len(ids) + 1 for ids in sample)
-    in_corpus = round(text_bytes * sample_tokens / max(1, sample_bytes))
+    # Each context's own separator comes on top of the stream.
+    per_token = resolved.context / (resolved.context - resolved.bos)
+    in_corpus = round(text_bytes * sample_tokens / max(1, sample_bytes) * per_token)
     return (in_corpus, True) if limit is None or in_corpus < limit else (limit, False)
 
 

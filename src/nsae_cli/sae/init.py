@@ -23,8 +23,10 @@ _SOLVER_TOLERANCE = 1e-5
 
 
 def geometric_median(rows: torch.Tensor) -> torch.Tensor:
-    """The point with the least summed distance to `rows` [N, d], by Weiszfeld's iteration in float64. → [d] float64"""
+    """The point with the least summed distance to `rows` [N, d], by Weiszfeld's iteration. → [d] float64"""
     rows = rows.double()
+    if not len(rows):
+        return rows.new_zeros(rows.shape[1])
     median = rows.mean(dim=0)
     for _ in range(_WEISZFELD_STEPS):
         distances = torch.linalg.vector_norm(rows - median, dim=1)

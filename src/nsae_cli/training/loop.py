@@ -117,7 +117,7 @@ def _run(
         commit.remove_leftovers(folder)
     profiles = profile_hooks(plan, reporter)
     streams = make_streams(plan, profiles)
-    cells, kernel = make_cells(plan, profiles, streams, device)
+    cells, kernel = make_cells(plan, profiles, device)
     reporter.note(describe_run(plan, cells, streams, kernel))
     loop = _Loop(plan, cells, streams, device, _CheckpointClock(checkpoint_every), reporter)
     started = time.monotonic()

@@ -144,7 +144,8 @@ def expand_cells(options: TrainOptions, hooks: list[str], d_in: int, epoch_rows:
     if tokens < options.batch_size:
         problems[f"--tokens {tokens:,} is less than one batch of {options.batch_size:,} rows"] = None
     if min(widths) < 1:
-        problems[f"--d-sae {min(widths)}: expected at least 1"] = None
+        option = "--d-sae" if options.d_sae else "--expansion-factor, number of features"
+        raise UsageError.from_problems([*problems, f"{option} {min(widths)}: expected at least 1"])
     by_default: list[Any] = [None]
     axes: dict[str, list[Any]] = {
         "hook": hooks,

@@ -65,7 +65,7 @@ def make_streams(plan: TrainPlan, profiles: dict[str, HookProfile]) -> dict[Stre
 
 
 def make_cells(
-    plan: TrainPlan, profiles: dict[str, HookProfile], streams: dict[StreamKey, BatchStream], device: torch.device
+    plan: TrainPlan, profiles: dict[str, HookProfile], device: torch.device
 ) -> tuple[dict[str, Cell], Choice]:
     """The cells with room for their weights, which `initialise_cells` or a checkpoint fills, and their kernel."""
     kernel = choose_step("auto", device)
