@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command import Outcome, nsae
 
+from command import Outcome, nsae
 from nsae_cli import interrupt
 
 #: A grid of two cells that trains in about a second.

@@ -71,3 +71,17 @@ def test_adam_by_hand():
     Adam(weights).step(gradients, 0.25)
     for old, new, gradient in zip(before, weights.tensors(), gradients.tensors(), strict=True):
         torch.testing.assert_close(old - new, 0.25 * gradient.sign(), rtol=1e-5, atol=1e-6)
+
+
+def test_moments_of_a_silent_feature_vanish_instead_of_turning_into_denormals():
+    weights = random_weights(0)
+    adam, silent = Adam(weights), weights.zeros_like()
+    adam.step(random_weights(1), 0.01)
+    smallest: list[float] = []
+    for _ in range(1200):
+        adam.step(silent, 0.01)
+        moment = adam.state()["exp_avg/W_enc"].abs()
+        smallest += moment[moment > 0].flatten().tolist()
+    assert min(smallest) > torch.finfo(torch.float32).tiny
+    assert not adam.state()["exp_avg/W_enc"].any()
+    assert adam.state()["exp_avg_sq/W_enc"].all()

@@ -12,7 +12,7 @@ import typer
 
 from nsae_cli import __version__, interrupt
 from nsae_cli.cli import analyze, collect, failures, list_, norms, plot, run, train
-from nsae_cli.cli.console import flush_stdout
+from nsae_cli.cli.console import print_text
 from nsae_cli.cli.session import Session
 from nsae_cli.store.workspace import Workspace
 
@@ -47,7 +47,7 @@ app.command("list")(list_.command)
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"nsae {__version__}")
+        print_text(f"nsae {__version__}")
         raise typer.Exit
 
 
@@ -69,7 +69,7 @@ def _before_the_command(
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
-        print(context.get_help())
+        print_text(context.get_help())
         raise typer.Exit
     chosen = Workspace.at(workspace)
     session: Session = context.obj
@@ -81,7 +81,7 @@ def invoke(arguments: list[str]) -> int:
     session = Session()
     try:
         app(args=arguments, prog_name="nsae", standalone_mode=False, obj=session)
-        flush_stdout()
+        sys.stdout.flush()
     except BaseException as error:
         if failures.is_closed_pipe(error):
             silence_stdout()

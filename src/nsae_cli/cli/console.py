@@ -169,30 +169,46 @@ def print_result(renderable: RenderableType, *, one_line_each: bool = False) -> 
     Args:
         renderable: what to print.
         one_line_each: a list: where stdout is no terminal its lines are never folded.
+
+    Raises:
+        ResourceError: stdout cannot be written.
     """
     if sys.stdout.isatty():
-        Console(highlight=False).print(renderable)
+        with written_to_stdout():
+            Console(highlight=False).print(renderable)
         return
     width = _LIST_WIDTH if one_line_each else max(_PLAIN_WIDTH, shutil.get_terminal_size((_PLAIN_WIDTH, 24)).columns)
     console = Console(width=width, highlight=False, file=io.StringIO())
     with console.capture() as capture:
         console.print(renderable)
     # rich fills lines up with spaces, which a file need not keep.
-    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
+    print_text("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 def print_json(value: Any) -> None:
     """Prints exactly one JSON object on stdout, in ASCII: it is read by programs, under any encoding."""
-    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    print_text(json.dumps(value, indent=2, allow_nan=False))
 
 
-def flush_stdout() -> None:
-    """Hands the result to whoever reads it.
+def print_text(text: str) -> None:
+    """Prints plain text on stdout.
 
     Raises:
-        ResourceError: it cannot be written; a reader that has gone is a BrokenPipeError.
+        ResourceError: stdout cannot be written.
+    """
+    with written_to_stdout():
+        print(text)
+
+
+@contextlib.contextmanager
+def written_to_stdout() -> Iterator[None]:
+    """For what writes to stdout: hands it on at once and says so if that fails.
+
+    Raises:
+        ResourceError: stdout cannot be written; a reader that has gone is a BrokenPipeError.
     """
     try:
+        yield
         sys.stdout.flush()
     except BrokenPipeError:
         raise

@@ -18,7 +18,8 @@ def command(
 ) -> None:
     """Chain commands from a YAML file.
 
-    What is finished is reused; if a stage fails, what was made before it stays. Ends with the norm table, the table of trained SAEs, the top-norm table and the paths of all figures.
+    What is finished is reused; if a stage fails, what was made before it stays. Ends with the norm table, the table
+    of trained SAEs, the top-norm table and the paths of all figures.
     """
     from nsae_cli.experiment.run import run_config
     from nsae_cli.report.tables import norms_table, top_norms_findings, top_norms_table, train_table

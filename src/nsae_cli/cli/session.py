@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from rich.console import RenderableType
 
-from nsae_cli.cli.console import ConsoleReporter, print_json, print_result
+from nsae_cli.cli.console import ConsoleReporter, print_json, print_result, print_text
 from nsae_cli.errors import ResourceError
 from nsae_cli.reporter import Reporter
 from nsae_cli.store.workspace import Artifact, Kind, Workspace
@@ -76,7 +76,7 @@ class Session:
                 {"command": command, "artifact": {"kind": "file", "name": path.name, "path": str(path)}, "result": None}
             )
         else:
-            print(path)
+            print_text(str(path))
 
     def finish_rows(self, command: str, rows: list[dict[str, Any]], show: Callable[[], RenderableType]) -> None:
         """Prints a list that is no artifact, a line per entry however wide where stdout is no terminal."""

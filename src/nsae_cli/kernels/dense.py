@@ -6,6 +6,8 @@ them in place only, works in blocks of rows, and forms no product with W_encᵀ 
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
 from nsae_cli.kernels.types import Activation, Penalty, StepResult, Weights
@@ -16,7 +18,7 @@ _MIN_BLOCK_ROWS = 512
 
 
 class DenseStep:
-    """Callable with `reference.step_gradients`' signature; holds the buffers that steps share.
+    """Callable with `reference.step_gradients`' signature, from any thread; holds the buffers that steps share.
 
     The same inputs give the same bits on one machine with one number of threads: blocks and the order of every sum
     depend on the shapes only.
@@ -30,7 +32,7 @@ class DenseStep:
     def __init__(self, matmul_dtype: torch.dtype | None = None, block_rows: int | None = None) -> None:
         self._matmul_dtype = matmul_dtype
         self._block_rows = block_rows
-        self._buffers: dict[str, torch.Tensor] = {}
+        self._buffers = threading.local()  # one set per thread: cells may step side by side
 
     @torch.no_grad()
     def __call__(
@@ -111,10 +113,10 @@ class DenseStep:
     def _buffer(self, name: str, like: torch.Tensor, width: int) -> torch.Tensor:
         """Uninitialised [rows of `like`, width]; the memory is kept, so that cells of several widths share it."""
         size = like.shape[0] * width
-        buffer = self._buffers.get(name)
+        buffer: torch.Tensor | None = getattr(self._buffers, name, None)
         if buffer is None or buffer.numel() < size or (buffer.dtype, buffer.device) != (like.dtype, like.device):
             buffer = torch.empty(size, dtype=like.dtype, device=like.device)
-            self._buffers[name] = buffer
+            setattr(self._buffers, name, buffer)
         return buffer[:size].view(like.shape[0], width)
 
     def _operand(self, weight: torch.Tensor) -> torch.Tensor:

@@ -16,11 +16,12 @@ from nsae_cli.device import choose_device
 from nsae_cli.errors import Interrupted, ResourceError
 from nsae_cli.reporter import Reporter, Task
 from nsae_cli.store import commit
-from nsae_cli.store.batches import Batch, BatchStream, HookRows
+from nsae_cli.store.batches import Batch, BatchStream
 from nsae_cli.store.sae_folder import FORMAT_VERSION
 from nsae_cli.store.shards import ActivationStore
 from nsae_cli.store.workspace import Artifact, Workspace, log_timing
 from nsae_cli.training.cell import Cell
+from nsae_cli.training.cell_pool import CellPool, cell_pool
 from nsae_cli.training.checkpoint import Checkpoint
 from nsae_cli.training.finish import finish_cell
 from nsae_cli.training.options import TrainOptions
@@ -78,8 +79,8 @@ def train(
     device, why = choose_device(options.device)
     reporter.note(f"device {why}")
     try:
-        with _numerics(options.deterministic):
-            runs = _run(plan, finished, device, options.checkpoint_every, reporter)
+        with _numerics(options.deterministic), cell_pool(len(plan.configs), plan.largest_product, device) as pool:
+            runs = _run(plan, finished, device, pool, options.checkpoint_every, reporter)
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"out of memory on {device.type} while training; lower --batch-size or --d-sae or train fewer cells"
@@ -92,14 +93,11 @@ def _numerics(deterministic: bool) -> Iterator[None]:
     """Training's numerical settings of the process, restored afterwards."""
     before = torch.are_deterministic_algorithms_enabled()
     change = deterministic and not before  # asking for what is so already would import torch's compiler (seconds)
-    # Adam's moments of silent features decay into denormals, which slow a CPU down many times over.
-    torch.set_flush_denormal(True)
     if change:
         torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.set_flush_denormal(False)
         if change:
             torch.use_deterministic_algorithms(False)
 
@@ -108,6 +106,7 @@ def _run(
     plan: TrainPlan,
     finished: dict[str, dict[str, Any]],
     device: torch.device,
+    pool: CellPool,
     checkpoint_every: str | int,
     reporter: Reporter,
 ) -> list[dict[str, Any]]:
@@ -119,7 +118,7 @@ def _run(
     streams = make_streams(plan, profiles)
     cells, kernel = make_cells(plan, profiles, device)
     reporter.note(describe_run(plan, cells, streams, kernel))
-    loop = _Loop(plan, cells, streams, device, _CheckpointClock(checkpoint_every), reporter)
+    loop = _Loop(plan, cells, streams, device, pool, _CheckpointClock(checkpoint_every), reporter)
     started = time.monotonic()
     first_step = loop.restore()
     loop.run(first_step)
@@ -127,13 +126,15 @@ def _run(
     log_timing(plan.folder, "trained", rows=rows, seconds=round(time.monotonic() - started, 3))
     if len(cells) > 1:
         commit.write_json(plan.folder / GROUP, {"format_version": FORMAT_VERSION, **plan.identity()})
-    runs = []
     with reporter.task("evaluating", len(cells), "SAEs") as task:
-        for name, cell in cells.items():
-            if name not in finished:
-                finished[name] = finish_cell(plan, name, cell, profiles[cell.config.hook], reporter)
-            runs.append(finished[name])
+
+        def finish(name: str) -> dict[str, Any]:
+            cell = cells[name]
+            run = finished.get(name) or finish_cell(plan, name, cell, profiles[cell.config.hook], reporter)
             task.advance(1)
+            return run
+
+        runs = pool.map(finish, cells)
     plan.checkpoints.remove()
     return runs
 
@@ -147,11 +148,12 @@ class _Loop:
         cells: dict[str, Cell],
         streams: dict[StreamKey, BatchStream],
         device: torch.device,
+        pool: CellPool,
         clock: _CheckpointClock,
         reporter: Reporter,
     ) -> None:
         self._plan, self._cells, self._streams = plan, cells, streams
-        self._device, self._clock, self._reporter = device, clock, reporter
+        self._device, self._pool, self._clock, self._reporter = device, pool, clock, reporter
         self._logs: dict[str, MetricsLog] = {}
 
     def restore(self) -> int:
@@ -197,16 +199,21 @@ class _Loop:
         taken = {
             key: {hook: rows.to(self._device) for hook, rows in next(stream).items()} for key, stream in batches.items()
         }
-        records: list[dict[str, Any]] = []
-        for name, cell in self._cells.items():
-            rows: HookRows = taken[stream_key(cell.config)][cell.config.hook]
+
+        def advance(name: str) -> dict[str, Any] | None:
+            cell = self._cells[name]
+            rows = taken[stream_key(cell.config)][cell.config.hook]
             log = cell.train_step(rows, step)
-            if log_now:
-                records.append(step_record(cell, rows, log, step))
-                self._logs[name].append(records[-1])
-        if records:
+            if not log_now:
+                return None
+            record = step_record(cell, rows, log, step)
+            self._logs[name].append(record)
+            return record
+
+        records = self._pool.map(advance, self._cells)
+        first = records[0]
+        if first is not None:
             # One cell stands for all on the progress line: cells of a grid have losses that do not compare.
-            first = records[0]
             label = "" if len(records) == 1 else f" of {next(iter(self._cells))}"
             task.advance(0, loss=f"{first['loss']:.4g}", l0=f"{first['l0_all'] or 0:.1f}{label}")
 

@@ -49,6 +49,11 @@ class TrainPlan:
         return next(iter(self.configs.values())).batch_size
 
     @property
+    def largest_product(self) -> int:
+        """Multiplications of one matrix product in a step of the largest cell: batch · d_in · d_sae."""
+        return self.batch_size * self.store.manifest.d_in * max(config.d_sae for config in self.configs.values())
+
+    @property
     def hooks(self) -> list[str]:
         """The hooks that are trained on, in order."""
         return list(dict.fromkeys(config.hook for config in self.configs.values()))
