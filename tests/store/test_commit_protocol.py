@@ -213,3 +213,19 @@ def test_written_files_are_plain_and_hash_as_their_bytes(tmp_path):
     text = json.dumps({"é": 1})
     commit.write_text(tmp_path / "x.txt", text)
     assert (tmp_path / "x.txt").read_text(encoding="utf-8") == text
+
+
+def test_a_line_after_one_that_lost_its_line_break_is_not_glued_to_it(tmp_path, fault):
+    folder = tmp_path / "store"
+    fault(14)
+    with pytest.raises(ResourceError):
+        write_full(folder, make_rows(5), SHARDS)
+    progress = folder / PROGRESS
+    progress.write_bytes(progress.read_bytes()[:-1])
+    # Rewriting progress.jsonl takes 4 operations, the third shard 5; then the manifest cannot be written.
+    hook = fault(9)
+    with pytest.raises(ResourceError):
+        write_full(folder, make_rows(5), SHARDS)
+    assert hook.seen[-1][0] == "write"
+    lines = progress.read_text().splitlines()
+    assert [json.loads(line)["file"] for line in lines[1:]] == [f"shard-0000{index}.safetensors" for index in range(3)]

@@ -19,6 +19,7 @@ from nsae_cli.assets import embedded_note
 from nsae_cli.errors import ArtifactError, UsageError
 from nsae_cli.lm.token_text import TokenText
 from nsae_cli.metrics.features import FeatureAccumulator
+from nsae_cli.metrics.groups import zero_rows
 from nsae_cli.metrics.reconstruction import ReconstructionAccumulator
 from nsae_cli.reporter import Reporter
 from nsae_cli.sae.objective import Objective
@@ -95,7 +96,7 @@ def analyze_top_norms(
         Interrupted: a signal asked to stop.
     """
     refuse_non_finite(store, saved.hook)
-    table = _RowTable.collect(store, saved.hook, rows)
+    table = _RowTable.collect(store, saved.hook, float(saved.run["norm_scale"]), rows)
     if not len(table.norm):
         raise UsageError(f"{store.name} has fewer than 20 contexts, so no rows are held out; collect more tokens")
     group = table.group_by_norm(top)
@@ -167,14 +168,14 @@ class _RowTable:
     l1: torch.Tensor
 
     @classmethod
-    def collect(cls, store: ActivationStore, hook: str, limit: int | None) -> _RowTable:
-        """The held-out rows with n > 0; token and position are −1 where the store has none."""
+    def collect(cls, store: ActivationStore, hook: str, norm_scale: float, limit: int | None) -> _RowTable:
+        """The held-out rows, zero rows left out; token and position are −1 where the store has none."""
         contexts = Contexts(store)
         parts: list[tuple[torch.Tensor, ...]] = []
         offset, taken = 0, 0
         for shard, entry in enumerate(store.manifest.shards):
             norms = store.norms(shard, hook)
-            index = (contexts.held_out(shard) & (norms > 0)).nonzero().squeeze(1)
+            index = (contexts.held_out(shard) & ~zero_rows(norms, norm_scale)).nonzero().squeeze(1)
             if limit is not None:
                 index = index[: limit - taken]
             unknown = torch.full((entry.rows,), -1, dtype=torch.int64)
