@@ -12,6 +12,9 @@ from typing import Any
 from nsae_cli import interrupt
 from nsae_cli.cli import app
 
+#: A grid of two SAEs that trains in about a second.
+TRAIN = ("train", "--act", "relu,tanh-relu", "--d-sae", "96", "--batch-size", "256", "--tokens", "40k")
+
 
 @dataclass(frozen=True)
 class Outcome:

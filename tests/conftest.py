@@ -1,1 +1,9 @@
-"""Stands here so that pytest puts this folder on the import path: helpers such as `hand_store` are shared."""
+"""Shared by all tests; also puts this folder on the import path, for helpers such as `hand_store`.
+
+One thread: the products of the tests are small, and waiting at their barriers would take longer than computing them.
+Set in the environment before torch is imported, so that commands started as processes have it too.
+"""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Annotated
 
 import torch
@@ -42,6 +44,33 @@ def choose_device(option: DeviceOption) -> tuple[torch.device, str]:
         last = torch.cuda.device_count() - 1
         raise ResourceError(f"--device {option}: there are cuda:0 to cuda:{last}; use one of these or --device cpu")
     return torch.device(option), f"{_describe(option)} (--device {option})"
+
+
+#: Multiplications of one matrix product up to which one thread is faster than several: waiting at the barriers costs
+#: more than half of such a product. Where other programs use the same cores, several threads are many times slower.
+SMALL_PRODUCT = 2**28
+
+
+@contextlib.contextmanager
+def one_thread_if_small(product: int, device: torch.device) -> Iterator[int]:
+    """Sets torch to one thread for work whose largest matrix product is small, and back afterwards.
+
+    Args:
+        product: multiplications of the largest product.
+        device: where it runs; on a GPU nothing changes.
+
+    Yields:
+        How many such pieces of work can run side by side: the number of threads that were taken from torch, else 1.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or product > SMALL_PRODUCT:
+        yield 1
+        return
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _describe(device: str) -> str:

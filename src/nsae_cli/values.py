@@ -14,10 +14,10 @@ from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from nsae_cli.errors import UsageError
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?(?:[eE]\+?\d+)?)\s*([kKmMbBgG]?)")
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?(?:[eE]\+?[0-9]+)?)\s*([kKmMbBgG]?)")
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
 _LARGEST_SIZE = 2**63 - 1
-_LAYERS = re.compile(r"(\d+)(?:-(\d+))?")
+_LAYERS = re.compile(r"([0-9]+)(?:-([0-9]+))?")
 
 
 def parse_size(value: Any) -> Any:
@@ -92,7 +92,7 @@ def parse_layers(value: str | int | Sequence[int | str], held: Sequence[int], ow
         if first > last:
             problems.append(f"--layers {text}: {part} runs backwards")
         elif len(inside) != last - first + 1:
-            absent = last if last > max(held) else next(layer for layer in range(first, last) if layer not in held)
+            absent = last if last > max(held) else next(layer for layer in range(first, last + 1) if layer not in held)
             problems.append(f"layer {absent}: {owner} has {_ranges(held)}")
         else:
             layers += inside

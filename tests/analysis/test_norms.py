@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from known_store import HOOK, KnownStore
 from safetensors.numpy import load_file
 
-from conftest import HOOK, KnownStore
 from nsae_cli import interrupt
 from nsae_cli.analysis import norms_artifact
 from nsae_cli.analysis.norms_artifact import NormsArtifact, NormsOptions, run_norms
@@ -119,7 +119,7 @@ def test_tensors(measured: NormsArtifact, known: KnownStore) -> None:
         "quantile_levels": ("float64", (11,)), "quantiles": ("float64", (1, 11)),
     }  # fmt: skip
     edges = tensors["edges"]
-    assert (edges[0], edges[-1]) == pytest.approx((0, np.log10(40)))
+    assert (edges[0], edges[-1]) == pytest.approx((0, np.log10(40)), abs=1e-6)
     for name, n in (("counts", known.norm), ("position0_counts", known.norm[known.position == 0])):
         assert tensors[name][0].sum() == len(n)
         np.testing.assert_array_equal(tensors[name][0], np.histogram(np.log10(n), bins=edges)[0])
@@ -138,6 +138,19 @@ def test_store_from_elsewhere(foreign: KnownStore, workspace: Workspace) -> None
     assert not (result.artifact.path / "norms-position0.png").exists()
     assert (result.artifact.path / "norms.png").is_file()
     assert result.document["model"] is None
+
+
+def test_what_a_store_from_elsewhere_lacks_is_said(foreign: KnownStore, workspace: Workspace) -> None:
+    class Reporter(SilentReporter):
+        def warn(self, text: str) -> None:
+            warnings.append(text)
+
+    warnings: list[str] = []
+    run_norms(open_activations(foreign.path), NormsOptions(), workspace, None, Reporter())
+    assert warnings == [
+        "foreign has no positions: sink rule 1 is off, blocks of 128 rows stand for contexts",
+        "foreign has no tokens: nothing can be said of special tokens or of the commonest",
+    ]
 
 
 def test_found_again_and_refused_for_another_store(

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from known_store import HOOK, KnownStore, write_known, write_sae
 from pydantic import ValidationError
 from safetensors.numpy import load_file
 
-from conftest import HOOK, KnownStore, write_sae
 from nsae_cli import interrupt
 from nsae_cli.analysis.top_norms_artifact import TopNormsAnalysis, TopNormsOptions, run_top_norms
 from nsae_cli.errors import ArtifactError, Interrupted, UsageError
@@ -128,25 +128,23 @@ def test_shares_add_up(analysed: dict[str, Any]) -> None:
     assert (special["l1_share"], special["loss_share"], special["exclusive_features"]) == (None, None, 0)
 
 
-def test_features_that_fire_in_one_group_only(analysed: dict[str, Any]) -> None:
-    # Contexts 19, 39, 59 begin at rows 95, 195, 295, along e_3 each: feature 4 (long rows along e_0) never fires there,
-    # but row 98, of norm 30, is not along e_0 either.
-    fired = {name: entry["exclusive_features"] for name, entry in analysed["groups"].items()}
-    assert fired == {"top": 0, "other": 0, "bottom": 0}
-
-
-def test_exclusive_features(known: KnownStore, workspace: Workspace, tmp_path: Path) -> None:
+def test_features_that_fire_in_one_group_only(known: KnownStore, workspace: Workspace, tmp_path: Path) -> None:
     weights = {key: value.clone() for key, value in WEIGHTS.items()}
     weights["W_enc"][:, 4] = torch.tensor([0, 0, 0, 0.5])  # long rows along e_3: position 0 of held-out contexts
     weights["W_enc"][2, 5], weights["b_enc"][5] = 1, -20.0  # the row of norm 30, along e_2
     folder = write_sae(tmp_path / "x", known, weights)
     run = run_top_norms([str(folder)], str(known.path), TopNormsOptions(top=0.2), workspace, None, SilentReporter())
     document = run.results[0].document
-    assert {name: entry["exclusive_features"] for name, entry in document["groups"].items()} == {
-        "top": 1, "other": 1, "bottom": 0,
-    }  # fmt: skip
-    assert document["kinds"]["position0"]["exclusive_features"] == 1
-    assert document["kinds"]["ordinary"]["exclusive_features"] == 4, "0, 1, 2 and 5: feature 3 fires at position 0 too"
+    hand = by_hand(known)
+    fired = np.maximum(hand["x"] @ weights["W_enc"].double().numpy() + weights["b_enc"].double().numpy(), 0) > 0
+    tensors = load_file(run.results[0].artifact.path / "top_norms.safetensors")
+    for side, labels in (("groups", ("bottom", "other", "top")), ("kinds", ("ordinary", "special", "position0"))):
+        for label, name in enumerate(labels):
+            inside = tensors[side[:-1]] == label
+            expected = int((fired[inside].any(0) & ~fired[~inside].any(0)).sum())
+            assert document[side][name]["exclusive_features"] == expected, name
+    assert document["groups"]["top"]["exclusive_features"] == 1
+    assert document["kinds"]["ordinary"]["exclusive_features"] == 4
 
 
 @pytest.mark.parametrize(
@@ -177,13 +175,21 @@ def test_weighted_loss_share(known: KnownStore, workspace: Workspace, tmp_path: 
     assert found == pytest.approx(rho[order[-3:]].sum() / rho.sum(), rel=1e-5)
 
 
-def test_store_from_elsewhere(known: KnownStore, foreign: KnownStore, workspace: Workspace, tmp_path: Path) -> None:
+def test_store_from_elsewhere(known: KnownStore, workspace: Workspace, tmp_path: Path) -> None:
     folder = write_sae(tmp_path / "x", known, WEIGHTS)
+    foreign = write_known(tmp_path / "foreign", foreign=True, contexts=600)
     run = run_top_norms([str(folder)], str(foreign.path), TopNormsOptions(), workspace, None, SilentReporter())
     document = run.results[0].document
-    # Without positions blocks of 128 rows stand for contexts: 300 rows are three, so that none is held out … unless
-    # there are twenty.
-    assert document["rows"] > 0
+    assert document["rows"] == 128, "without positions blocks of 128 rows stand for contexts, of 24 one is held out"
+    tensors = load_file(run.results[0].artifact.path / "top_norms.safetensors")
+    np.testing.assert_array_equal(tensors["row"], np.arange(19 * 128, 20 * 128))
+    np.testing.assert_allclose(tensors["norm"], foreign.norm[19 * 128 : 20 * 128])
+    assert set(tensors["token"]) == set(tensors["position"]) == {-1}
+    assert [document["kinds"][kind]["rows"] for kind in ("position0", "special", "ordinary")] == [0, 0, 128]
+    assert document["groups"]["top"]["tokens"] == document["groups"]["top"]["positions"] == []
+    small = write_known(tmp_path / "small", foreign=True)
+    with pytest.raises(UsageError, match="small has fewer than 20 contexts"):
+        run_top_norms([str(folder)], str(small.path), TopNormsOptions(), workspace, "n", SilentReporter())
 
 
 def test_rows_of_no_length_are_left_out(known: KnownStore, workspace: Workspace, tmp_path: Path) -> None:

@@ -8,11 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from command import Outcome, nsae
+from command import TRAIN, Outcome, nsae
 from nsae_cli import interrupt
-
-#: A grid of two cells that trains in about a second.
-TRAIN = ("train", "--act", "relu,tanh-relu", "--d-sae", "96", "--batch-size", "256", "--tokens", "40k")
 
 
 @pytest.fixture(autouse=True)

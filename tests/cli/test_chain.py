@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from command import Outcome, contents, nsae
-from conftest import TRAIN
+from command import TRAIN, Outcome, contents, nsae
 from nsae_cli import load_sae
 from nsae_cli.store.workspace import Kind
 
@@ -171,14 +170,6 @@ def test_several_saes_are_drawn_side_by_side(finished: Path) -> None:
     [group] = (finished / "saes").iterdir()
     for quantity in ("l0", "l1"):
         assert (finished / "top-norms" / f"{group.name}-{quantity}.png").is_file()
-
-
-def test_analysis_under_a_name(workspace: Path) -> None:
-    outcome = nsae("--workspace", workspace, "analyze-top-norms", "--top", "3%", "--name", "three")
-    assert outcome.code == 0
-    assert {path.name for path in (workspace / "top-norms").glob("three-*")} == {
-        "three-L2-relu", "three-L2-tanh-relu", "three-l0.png", "three-l1.png",
-    }  # fmt: skip
 
 
 def test_probe_names_what_carries_the_sink(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

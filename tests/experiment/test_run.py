@@ -17,6 +17,13 @@ stages:
 """
 
 
+@pytest.fixture
+def quick_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is run only to see what is run."""
+    for module in ("norms_artifact", "top_norms_artifact"):
+        monkeypatch.setattr(f"nsae_cli.analysis.{module}.save_png", lambda _, path: path.write_bytes(b"figure"))
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with config.yaml and the workspace that running it made."""
@@ -74,6 +81,7 @@ def test_a_changed_option_under_the_same_name_is_refused(finished: Path, tmp_pat
     assert "--d-sae 32 -> 16" in outcome.message
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_without_names_every_stage_reads_the_latest(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(
         "stages:\n"
@@ -92,6 +100,7 @@ def test_without_names_every_stage_reads_the_latest(tmp_path: Path) -> None:
     assert outcome.json["result"][3]["sae"]["name"] == sae["name"]
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_a_stage_that_fails_leaves_what_is_finished(tmp_path: Path) -> None:
     config = (
         "stages:\n"
@@ -113,6 +122,7 @@ def test_a_stage_that_fails_leaves_what_is_finished(tmp_path: Path) -> None:
     assert made.items() <= contents(tmp_path / "runs").items()
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_a_signal_between_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nsae_cli import interrupt
     from nsae_cli.experiment import stages

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from nsae_cli import interrupt
+from nsae_cli.analysis.checks import refuse_non_finite
 from nsae_cli.assets import embedded_note
-from nsae_cli.errors import NumericalError
 from nsae_cli.lm.token_text import TokenText
 from nsae_cli.metrics.groups import NON_SINKS
 from nsae_cli.metrics.norm_bias import NormMoments, alpha_eff
@@ -79,23 +79,6 @@ def measure_norms(store: ActivationStore, text: TokenText, probe: dict[str, Any]
         "quantiles": torch.tensor([hook.quantiles for hook in measured], dtype=torch.float64),
     }
     return NormsResult(document, tensors)
-
-
-def refuse_non_finite(store: ActivationStore, hook: str) -> None:
-    """Looks at every norm of a hook: collect stores none that is not finite, a store from elsewhere may.
-
-    Raises:
-        NumericalError: NaN or infinity.
-        Interrupted: a signal asked to stop.
-    """
-    for shard, entry in enumerate(store.manifest.shards):
-        interrupt.stop_if_requested("stopped; nothing was written, run the same command again")
-        bad = (~torch.isfinite(store.norms(shard, hook))).nonzero().squeeze(1)
-        if len(bad):
-            raise NumericalError(
-                f"{store.name}: {len(bad):,} rows at {hook} are not finite, the first is row {int(bad[0]):,} of "
-                f"{entry.file}; collect again with --dtype fp32, or leave such rows out of the store"
-            )
 
 
 def write_norms(folder: Path, result: NormsResult) -> None:

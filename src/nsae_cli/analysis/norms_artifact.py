@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from nsae_cli.analysis.checks import say_what_is_missing
 from nsae_cli.analysis.documents import read_document
 from nsae_cli.analysis.norms import measure_norms, write_norms
 from nsae_cli.analysis.probe import probe_store
@@ -70,6 +71,7 @@ def run_norms(
             return NormsArtifact(artifact, document, figures, already_complete=True)
     commit.make_folder(folder)
     commit.remove_leftovers(folder)
+    say_what_is_missing(store, reporter)
     reporter.note(f"measuring norms at {len(store.manifest.norm_hooks or store.manifest.hooks)} hooks of {store.name}")
     probe = probe_store(store, options.model, options.device, reporter) if options.probe else None
     result = measure_norms(store, token_text(store.manifest, reporter), probe)

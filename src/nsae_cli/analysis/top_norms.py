@@ -14,8 +14,10 @@ import numpy as np
 import torch
 
 from nsae_cli import interrupt
-from nsae_cli.analysis.norms import count_tokens, refuse_non_finite
+from nsae_cli.analysis.checks import refuse_non_finite
+from nsae_cli.analysis.norms import count_tokens
 from nsae_cli.assets import embedded_note
+from nsae_cli.device import one_thread_if_small
 from nsae_cli.errors import ArtifactError, UsageError
 from nsae_cli.lm.token_text import TokenText
 from nsae_cli.metrics.features import FeatureAccumulator
@@ -104,8 +106,13 @@ def analyze_top_norms(
     objective = Objective.from_run(saved.run)
     by_group, by_kind = _Comparison(saved, objective), _Comparison(saved, objective)
     l0, l1, rho = [], [], []
-    with reporter.task(f"analysing {name}", len(table.norm), "rows") as task:
-        for start, x in table.vectors(store, saved.hook, evaluation_batch(saved.sae.d_sae)):
+    batch = evaluation_batch(saved.sae.d_sae)
+    product = batch * saved.sae.d_in * saved.sae.d_sae
+    with (
+        one_thread_if_small(product, torch.device("cpu")),
+        reporter.task(f"analysing {name}", len(table.norm), "rows") as task,
+    ):
+        for start, x in table.vectors(store, saved.hook, batch):
             interrupt.stop_if_requested("stopped; nothing of this SAE was written, run the same command again")
             part = slice(start, start + len(x))
             acts = saved.sae.encode(x)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from nsae_cli.analysis.checks import say_what_is_missing
 from nsae_cli.analysis.documents import read_document
 from nsae_cli.analysis.top_norms import analyze_top_norms, check_fit, write_top_norms
 from nsae_cli.errors import ArtifactError, UsageError
@@ -145,6 +146,7 @@ def _analyse(
         )
     commit.make_folder(folder)
     commit.remove_leftovers(folder)
+    say_what_is_missing(store, reporter)
     text = token_text(store.manifest, reporter)
     result = analyze_top_norms(saved, sae.name, store, options.top, options.rows, text, reporter)
     result.document["options"] = wanted["options"]

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from nsae_cli import interrupt
-from nsae_cli.device import choose_device
+from nsae_cli.device import choose_device, one_thread_if_small
 from nsae_cli.errors import Interrupted, UsageError
 from nsae_cli.lm.config import CollectConfig, ResolvedConfig, resolve
 from nsae_cli.lm.corpus import Corpus, open_corpus
@@ -169,7 +169,10 @@ def _run(job: _Job, artifact: Artifact, reporter: Reporter) -> Manifest:
         left = itertools.islice(
             itertools.chain([first], contexts), writer.durable_shards * job.plan.shard_contexts, None
         )
-        _write_shards(job, writer, _harvest(job, left), durable_rows, reporter)
+        # The largest product is the MLP's, four times the model's width.
+        product = 4 * job.resolved.batch_size * job.resolved.context * job.info.d_model**2
+        with one_thread_if_small(product, job.device):
+            _write_shards(job, writer, _harvest(job, left), durable_rows, reporter)
         manifest = writer.finish(_description(job, packer))
     except BaseException as error:
         writer.abandon()

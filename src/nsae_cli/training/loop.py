@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from nsae_cli import interrupt
-from nsae_cli.device import choose_device
+from nsae_cli.device import choose_device, one_thread_if_small
 from nsae_cli.errors import Interrupted, ResourceError
 from nsae_cli.reporter import Reporter, Task
 from nsae_cli.store import commit
@@ -21,7 +21,7 @@ from nsae_cli.store.sae_folder import FORMAT_VERSION
 from nsae_cli.store.shards import ActivationStore
 from nsae_cli.store.workspace import Artifact, Workspace, log_timing
 from nsae_cli.training.cell import Cell
-from nsae_cli.training.cell_pool import CellPool, cell_pool
+from nsae_cli.training.cell_pool import CellPool
 from nsae_cli.training.checkpoint import Checkpoint
 from nsae_cli.training.finish import finish_cell
 from nsae_cli.training.options import TrainOptions
@@ -79,7 +79,11 @@ def train(
     device, why = choose_device(options.device)
     reporter.note(f"device {why}")
     try:
-        with _numerics(options.deterministic), cell_pool(len(plan.configs), plan.largest_product, device) as pool:
+        with (
+            _numerics(options.deterministic),
+            one_thread_if_small(plan.largest_product, device) as side_by_side,
+            CellPool(min(side_by_side, len(plan.configs))) as pool,
+        ):
             runs = _run(plan, finished, device, pool, options.checkpoint_every, reporter)
     except torch.OutOfMemoryError as error:
         raise ResourceError(
