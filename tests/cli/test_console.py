@@ -79,6 +79,25 @@ def test_a_terminal_that_has_gone_ends_no_work(monkeypatch: pytest.MonkeyPatch) 
     assert failures.report(errors.UsageError("wrong"), debug=False) == 2
 
 
+def test_progress_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    reporter = ConsoleReporter()
+    with reporter.task("working", 1000, "rows") as task:
+        reporter.note("a remark")
+        print("a library's line", file=sys.stderr)
+        task.advance(1000, loss="0.25")
+    shown = terminal.getvalue()
+    assert sys.stderr is terminal
+    for text in ("working", "a remark", "a library's line", "1000/1000", "loss 0.25"):
+        assert text in shown
+
+
 def test_long_lines_stay_whole_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     print_result("word " * 100 + "end", one_line_each=True)
     assert capsys.readouterr().out == "word " * 100 + "end\n"

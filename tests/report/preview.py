@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from conftest import make_norms, make_run, make_top_norms, make_training_rows
 from rich.console import Console
 
+from conftest import make_norms, make_run, make_top_norms, make_training_rows
 from nsae_cli.report import figures, tables
 
 

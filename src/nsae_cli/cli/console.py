@@ -35,28 +35,31 @@ _PLAIN_SECONDS, _VERBOSE_SECONDS = 10.0, 1.0
 
 
 class _Stderr(io.TextIOBase):
-    """stderr as it is at the time of writing. A terminal that has gone, or a full disk behind it, must not end work."""
+    """stderr for remarks. A terminal that has gone, or a full disk behind it, must not end work."""
+
+    def __init__(self) -> None:
+        self._stream = sys.stderr  # as it is now: while a bar is shown rich puts a stream of its own there
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(text)
+            self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
         with contextlib.suppress(OSError, ValueError):
-            sys.stderr.flush()
+            self._stream.flush()
 
     def isatty(self) -> bool:
         with contextlib.suppress(OSError, ValueError):
-            return sys.stderr.isatty()
+            return self._stream.isatty()
         return False
 
     def fileno(self) -> int:
-        return sys.stderr.fileno()
+        return self._stream.fileno()
 
     @property
     def encoding(self) -> str:  # type: ignore[override]  # rich asks whether it can draw lines
-        return sys.stderr.encoding or "utf-8"
+        return self._stream.encoding or "utf-8"
 
 
 class ConsoleReporter:

@@ -26,9 +26,9 @@ def store_summary(name: str, manifest: Mapping[str, Any]) -> Table:
     packing = "documents share contexts" if manifest.get("packing") else "one document per context"
     bos = "each starts with <|endoftext|>" if manifest.get("bos") else "no token put first"
     table.add_row("contexts", f"{manifest.get('context_size')} tokens, {packing}, {bos}")
-    table.add_row(
-        "rows", f"{fmt.count(manifest['rows'])} in {len(manifest['shards'])} shards, {fmt.size_in_bytes(total)}"
-    )
+    shards = len(manifest["shards"])
+    files = f"{shards} shard{'' if shards == 1 else 's'}"
+    table.add_row("rows", f"{fmt.count(manifest['rows'])} in {files}, {fmt.size_in_bytes(total)}")
     table.add_row(
         "dropped", f"{fmt.count(dropped.get('tokens'))} tokens, {fmt.count(dropped.get('documents'))} documents"
     )
