@@ -66,6 +66,8 @@ USAGE: list[tuple[str, list[str]]] = [
     ("train --batch-size 0", ["--batch-size 0", "more than 0"]),
     ("train --act relu,relu", ["--act relu,relu", "once"]),
     ("train --act relu,", ["--act relu,", "without gaps"]),
+    ("train --d-sae 0", ["--d-sae 0", "at least 1"]),
+    ("train --expansion-factor 1e-9", ["--expansion-factor", "at least 1"]),
     ("train --clip 0", ["--clip 0", "more than 0"]),
     ("train --input-scale 0", ["--input-scale 0: expected auto or more than 0"]),
     ("train --input-scale x", ["--input-scale x: expected auto or a number"]),
