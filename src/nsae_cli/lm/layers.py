@@ -5,14 +5,11 @@ Hooks are named as TransformerLens names them; activations are the plain Hugging
 
 from __future__ import annotations
 
-import re
 from typing import Literal
 
-from nsae_cli.errors import UsageError
+from nsae_cli import values
 
 Site = Literal["resid_post", "resid_pre"]
-
-_PART = re.compile(r"(\d+)(?:-(\d+))?")
 
 
 def hook_name(layer: int, site: Site) -> str:
@@ -33,24 +30,4 @@ def parse_layers(spec: str | None, n_layers: int, model: str) -> list[int]:
     """
     if spec is None:
         return [n_layers // 2]
-    if spec.strip() == "all":
-        return list(range(n_layers))
-    layers: list[int] = []
-    problems: list[str] = []
-    for part in (part.strip() for part in spec.split(",")):
-        match = _PART.fullmatch(part)
-        if match is None:
-            problems.append(f"--layers {spec}: {part!r} is not a layer; write all, 6, 0,3 or 0-3 (layers count from 0)")
-            continue
-        first, last = int(match[1]), int(match[2] or match[1])
-        if first > last:
-            problems.append(f"--layers {spec}: {part} runs backwards")
-        elif last >= n_layers:
-            problems.append(f"layer {last}: {model} has 0-{n_layers - 1}")
-        else:
-            layers.extend(range(first, last + 1))
-    for layer in sorted({layer for layer in layers if layers.count(layer) > 1}):
-        problems.append(f"--layers {spec}: layer {layer} is named twice")
-    if problems:
-        raise UsageError.from_problems(problems)
-    return sorted(layers)
+    return values.parse_layers(spec, range(n_layers), model)
