@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 import nsae_cli
-from nsae_cli.kernels.select import choose_step
+from nsae_cli.kernels.select import choose
 from nsae_cli.kernels.types import Weights
 from nsae_cli.sae.objective import Objective
 from nsae_cli.store.batches import HookRows
@@ -59,7 +59,7 @@ def nsae_step(weights: Weights, rows: HookRows, device: torch.device) -> Callabl
     objective = Objective("relu", 0, 0, "l1", beta=BETA, input_scale=1.0)
     # No warm-ups, so that both sides take the same steps.
     config = config.model_copy(update={"alpha_warm_up": 0.0, "lr_warm_up": 0.0})
-    cell = Cell(config, objective, weights, choose_step("auto", device))
+    cell = Cell(config, objective, weights, choose("auto", "auto", device))
     taken = 0
 
     def step() -> float:

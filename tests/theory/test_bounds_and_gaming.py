@@ -64,7 +64,7 @@ def test_relu_free_l1_has_no_minimum(p: int, q: int) -> None:
     previous = float(first.loss.sum())
     for k in (1.5, 10.0, 1e3, 1e6):
         rescaled = run(make(p=p, q=q), x, map_weights(weights, 1 / k, 1 / k, k, 1))
-        torch.testing.assert_close(rescaled.result.x_hat, first.result.x_hat, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(rescaled.result.error, first.result.error, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(rescaled.sparsity_term, first.sparsity_term / k, rtol=1e-9, atol=0)
         assert float(rescaled.loss.sum()) < previous
         previous = float(rescaled.loss.sum())
@@ -124,16 +124,16 @@ def test_the_cost_of_noise_is_its_variance_times_slope2_times_decoder_norm2() ->
     weights.b_enc += 3 * torch.linspace(0.2, 1, D_SAE).double()
     x = 0.05 * random_rows(1)
     sigma = 0.02
-    x_hat = run(
+    error = run(
         make("tanh-relu"),
         x.expand(20_000, -1),
         weights,
         sigma * torch.randn(20_000, D_SAE, generator=g, dtype=torch.float64),
-    ).result.x_hat
+    ).result.error  # x is constant: x̂ varies as the error does
     acts = SparseAutoencoder("tanh-relu", weights).encode(x)[0]
     assert acts.min() > 5 * sigma
     predicted = float((sigma**2 * (1 - acts**2) ** 2 * weights.W_dec.square().sum(1)).sum())
-    assert float((x_hat - x_hat.mean(0)).square().sum(1).mean()) == pytest.approx(predicted, rel=0.05)
+    assert float((error - error.mean(0)).square().sum(1).mean()) == pytest.approx(predicted, rel=0.05)
 
 
 def test_a_bound_on_the_rows_ends_the_gaming() -> None:

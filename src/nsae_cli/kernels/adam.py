@@ -33,18 +33,40 @@ class Adam:
         self._fused = weights.b_enc.device.type in _FUSED_ON
         self._moments = {"exp_avg": weights.zeros_like(), "exp_avg_sq": weights.zeros_like()}
         self._taken = 0
-        self._steps = [torch.zeros((), device=tensor.device) for tensor in weights.tensors()]
+        self._steps = {name: torch.zeros((), device=tensor.device) for name, tensor in weights.named().items()}
 
-    @torch.no_grad()
     def step(self, gradients: Weights, lr: float) -> None:
         """One update with these gradients."""
+        self._apply(gradients.named(), lr)
+        self._count()
+
+    def step_biases(self, b_enc: torch.Tensor, b_dec: torch.Tensor, lr: float) -> None:
+        """One update of the biases with these gradients, by a caller that then updates W_enc and W_dec itself."""
+        self._apply({"b_enc": b_enc, "b_dec": b_dec}, lr)
+        for name in ("W_enc", "W_dec"):
+            self._steps[name] += 1
+        self._count()
+
+    def moments(self) -> tuple[Weights, Weights]:
+        """First and second moments, laid out as the weights are: to be updated in place after `step_biases`."""
+        return self._moments["exp_avg"], self._moments["exp_avg_sq"]
+
+    def numbers(self, lr: float) -> tuple[float, float, float, float, float]:
+        """β₁, β₂, ε, lr/(1 − β₁^t), 1/√(1 − β₂^t) of the present step t, of p −= step_size·m/(√v·inverse_root + ε)."""
+        (first, second), steps = self._betas, self._taken
+        return first, second, self._eps, lr / (1 - first**steps), (1 - second**steps) ** -0.5
+
+    @torch.no_grad()
+    def _apply(self, gradients: dict[str, torch.Tensor], lr: float) -> None:
+        weights, names = self._weights.named(), list(gradients)
+        first, second = (moment.named() for moment in self.moments())
         adam(
-            list(self._weights.tensors()),
-            list(gradients.tensors()),
-            list(self._moments["exp_avg"].tensors()),
-            list(self._moments["exp_avg_sq"].tensors()),
+            [_dense(weights[name]) for name in names],
+            [_dense(gradients[name]) for name in names],
+            [_dense(first[name]) for name in names],
+            [_dense(second[name]) for name in names],
             [],
-            self._steps,
+            [self._steps[name] for name in names],
             foreach=False,
             fused=self._fused,
             amsgrad=False,
@@ -55,6 +77,8 @@ class Adam:
             eps=self._eps,
             maximize=False,
         )
+
+    def _count(self) -> None:
         self._taken += 1
         if self._taken % _SWEEP_STEPS == 0:
             for moment in self._moments.values():
@@ -64,7 +88,7 @@ class Adam:
     def state(self) -> dict[str, torch.Tensor]:
         """Moments and number of steps, by name; the tensors themselves."""
         state = {f"{kind}/{name}": t for kind, moment in self._moments.items() for name, t in moment.named().items()}
-        return state | {"step": self._steps[0]}
+        return state | {"step": self._steps["b_enc"]}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Goes on from `state()`."""
@@ -72,5 +96,10 @@ class Adam:
             for name, tensor in moment.named().items():
                 tensor.copy_(state[f"{kind}/{name}"])
         self._taken = int(state["step"])
-        for step in self._steps:
+        for step in self._steps.values():
             step.fill_(self._taken)
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory in its own order: fused Adam takes contiguous tensors."""
+    return tensor if tensor.is_contiguous() else tensor.t()

@@ -6,15 +6,51 @@ them in place only, works in blocks of rows, and forms no product with W_encᵀ 
 
 from __future__ import annotations
 
-import threading
+from dataclasses import dataclass
 
 import torch
 
+from nsae_cli.kernels import scratch
+from nsae_cli.kernels.adam import Adam
 from nsae_cli.kernels.types import Activation, Penalty, StepResult, Weights
+from nsae_cli.kernels.update import GradientBuffer
 
 #: Rows per block are chosen so that one [rows, F] float32 buffer takes at most this many bytes.
 _BLOCK_BYTES = 32 * 2**20
 _MIN_BLOCK_ROWS = 512
+
+
+@dataclass
+class DenseGradients:
+    """A dense step's gradients; see `update.Gradients`.
+
+    Attributes:
+        result: the step's loss terms.
+        gradients: all four.
+    """
+
+    result: StepResult
+    gradients: Weights
+
+    @property
+    def b_enc(self) -> torch.Tensor:
+        return self.gradients.b_enc
+
+    @property
+    def b_dec(self) -> torch.Tensor:
+        return self.gradients.b_dec
+
+    def full(self) -> Weights:
+        """See `update.Gradients.full`."""
+        return self.gradients
+
+    @property
+    def can_update(self) -> bool:
+        return False
+
+    def update(self, adam: Adam, decoder: str, lr: float) -> None:
+        """Not there: `can_update` is false."""
+        raise NotImplementedError
 
 
 class DenseStep:
@@ -32,7 +68,37 @@ class DenseStep:
     def __init__(self, matmul_dtype: torch.dtype | None = None, block_rows: int | None = None) -> None:
         self._matmul_dtype = matmul_dtype
         self._block_rows = block_rows
-        self._buffers = threading.local()  # one set per thread: cells may step side by side
+        bf16 = ", bf16 products" if matmul_dtype is torch.bfloat16 else ""
+        self.name = f"dense{bf16}"
+
+    def backward(
+        self,
+        x: torch.Tensor,
+        weights: Weights,
+        into: GradientBuffer,
+        *,
+        activation: Activation,
+        penalty: Penalty,
+        error_weight: torch.Tensor,
+        sparsity_weight: torch.Tensor,
+        noise: torch.Tensor | None = None,
+    ) -> DenseGradients:
+        """The step's loss terms, and its gradients in the buffer.
+
+        Args:
+            x, weights, activation, penalty, error_weight, sparsity_weight, noise: see `reference.step_gradients`.
+        """
+        result = self(
+            x,
+            weights,
+            into.get(),
+            activation=activation,
+            penalty=penalty,
+            error_weight=error_weight,
+            sparsity_weight=sparsity_weight,
+            noise=noise,
+        )
+        return DenseGradients(result, into.get())
 
     @torch.no_grad()
     def __call__(
@@ -55,7 +121,7 @@ class DenseStep:
             bias.zero_()
         W_enc, W_dec = self._operand(weights.W_enc), self._operand(weights.W_dec)
         result = StepResult(
-            x_hat=torch.empty_like(x),
+            error=torch.empty_like(x),
             sq_error=x.new_empty(rows),
             penalty=x.new_empty(rows),
             l0=x.new_empty(rows),
@@ -63,27 +129,26 @@ class DenseStep:
             fired=torch.zeros(d_sae, dtype=torch.bool, device=x.device),
         )
         for part in self._blocks(rows, d_sae, x):
-            x_part, x_hat = x[part], result.x_hat[part]
-            acts = self._buffer("acts", x_part, d_sae)
-            delta = self._buffer("delta", x_part, d_sae)
+            x_part, error = x[part], result.error[part]
+            acts, delta = (scratch.buffer(name, len(x_part), d_sae, x.dtype, x.device) for name in ("acts", "delta"))
 
             self._product(acts, x_part, W_enc, weights.b_enc)
             if noise is not None:
                 acts.add_(noise[part])
             activation.value_(acts)
-            self._product(x_hat, acts, W_dec, weights.b_dec)
-            error = x_hat - x_part
+            self._product(error, acts, W_dec, weights.b_dec)
+            error -= x_part
             result.sq_error[part] = torch.linalg.vecdot(error, error)
             result.l1[part] = acts.sum(dim=1)
             result.penalty[part] = penalty.row_sums(acts, norms)
             result.l0[part] = torch.sign(acts, out=delta).sum(dim=1)
             result.fired |= acts.sum(dim=0) > 0  # acts are not negative
 
-            error.mul_((2 * error_weight[part])[:, None])
-            gradients.b_dec.add_(error.sum(dim=0))
-            self._accumulate(gradients.W_dec, acts, error, first=part.start == 0)
+            pulled = error * (2 * error_weight[part])[:, None]
+            gradients.b_dec.add_(pulled.sum(dim=0))
+            self._accumulate(gradients.W_dec, acts, pulled, first=part.start == 0)
 
-            self._product(delta, error, W_dec.t())
+            self._product(delta, pulled, W_dec.t())
             pull = sparsity_weight[part]
             act_slope, norm_slope = penalty.slopes(acts, norms)
             if isinstance(act_slope, torch.Tensor):
@@ -109,15 +174,6 @@ class DenseStep:
         count = -(-rows // most)
         size = -(-rows // count)
         return [slice(start, min(rows, start + size)) for start in range(0, rows, size)]
-
-    def _buffer(self, name: str, like: torch.Tensor, width: int) -> torch.Tensor:
-        """Uninitialised [rows of `like`, width]; the memory is kept, so that cells of several widths share it."""
-        size = like.shape[0] * width
-        buffer: torch.Tensor | None = getattr(self._buffers, name, None)
-        if buffer is None or buffer.numel() < size or (buffer.dtype, buffer.device) != (like.dtype, like.device):
-            buffer = torch.empty(size, dtype=like.dtype, device=like.device)
-            setattr(self._buffers, name, buffer)
-        return buffer[:size].view(like.shape[0], width)
 
     def _operand(self, weight: torch.Tensor) -> torch.Tensor:
         return weight if self._matmul_dtype is None else weight.to(self._matmul_dtype)

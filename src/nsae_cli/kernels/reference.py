@@ -48,7 +48,7 @@ def step_gradients(
         target.copy_(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
     acts = acts.detach()
     return StepResult(
-        x_hat=x_hat.detach(),
+        error=(x_hat - x).detach(),
         sq_error=sq_error.detach(),
         penalty=penalties.detach(),
         l0=(acts > 0).sum(dim=1).to(x.dtype),

@@ -1,37 +1,192 @@
-"""The one place that chooses a training step's kernel, and says why."""
+"""The one place that chooses a training step's kernel, and says why.
+
+A kernel is chosen once per run from the device, the compiled loops and the options, and once per step from the density
+of the step before: a dense step costs the same whatever is active, a sparse one grows with what is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 
+from nsae_cli.errors import UsageError
+from nsae_cli.kernels import calibration, certified
 from nsae_cli.kernels.dense import DenseStep
-from nsae_cli.kernels.reference import step_gradients
-from nsae_cli.kernels.types import StepResult
+from nsae_cli.kernels.native import library
+from nsae_cli.kernels.native_ops import NativeOps
+from nsae_cli.kernels.sparse import SparseStep
+from nsae_cli.kernels.torch_ops import TorchOps
+from nsae_cli.kernels.types import Activation, Penalty, Weights
+from nsae_cli.kernels.update import GradientBuffer, Gradients
 
-KERNELS = ("auto", "dense", "reference")
+KernelOption = Literal["auto", "dense", "sparse"]
+PrecisionOption = Literal["auto", "fp32", "certified"]
+
+#: A step stays with its kernel until the density is this factor past the cross-over: no flicker around it.
+_HYSTERESIS = 1.15
+
+
+class Kernel(Protocol):
+    """The forward and backward pass of a training step."""
+
+    @property
+    def name(self) -> str: ...
+
+    def backward(
+        self,
+        x: torch.Tensor,
+        weights: Weights,
+        into: GradientBuffer,
+        *,
+        activation: Activation,
+        penalty: Penalty,
+        error_weight: torch.Tensor,
+        sparsity_weight: torch.Tensor,
+        noise: torch.Tensor | None = None,
+    ) -> Gradients:
+        """Loss terms and gradients; arguments as in `reference.step_gradients`, `into` for gradients in full."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A kernel, its name and the reason for it, for the log."""
+    """What a run steps with.
+
+    Attributes:
+        name: for the log and run.json.
+        reason: why, for the log.
+        device: where.
+        sparse: kind of the sparse step, ``native`` or ``torch``; None if there is none.
+        certified: whether it encodes in bfloat16 with a bound.
+        dense: whether there is a dense step.
+        dense_dtype: of the dense step's products; None for the dtype of x.
+    """
 
     name: str
-    step: Callable[..., StepResult]
     reason: str
+    device: torch.device
+    sparse: Literal["native", "torch"] | None
+    certified: bool
+    dense: bool
+    dense_dtype: torch.dtype | None
+
+    def make(self, d_in: int, d_sae: int, activation: Activation) -> AdaptiveKernel:
+        """The kernel of one SAE: it keeps what it knows of the SAE's weights and density."""
+        sparse = None
+        if self.sparse is not None:
+            loops = library.load() if self.sparse == "native" else None
+            sparse = SparseStep(TorchOps() if loops is None else NativeOps(loops, self.certified))
+        dense = DenseStep(self.dense_dtype) if self.dense else None
+        crossover = calibration.crossover(self.kind, d_in, d_sae) if sparse and dense else None
+        top_k = activation.selection.top_k
+        density = None if top_k is None else top_k / d_sae
+        return AdaptiveKernel(dense, sparse, crossover, density)
+
+    @property
+    def kind(self) -> str:
+        """Which cross-over applies: ``native-certified``, ``native-fp32``, ``torch`` or ``none``."""
+        if self.sparse == "native":
+            return "native-certified" if self.certified else "native-fp32"
+        return self.sparse or "none"
 
 
-def choose_step(requested: str, device: torch.device) -> Choice:
-    """The kernel of a training step.
+def choose(kernel: KernelOption, precision: PrecisionOption, device: torch.device) -> Choice:
+    """What a run on this device steps with.
 
     Args:
-        requested: ``auto``, ``dense`` or ``reference``.
-        device: where the training runs. On CUDA the dense kernel multiplies in bfloat16 with float32 master weights.
+        kernel: ``auto`` (by density), ``dense`` or ``sparse``.
+        precision: of the encoder's product in sparse steps: ``fp32``, ``certified`` (a bfloat16 product and a bound;
+            the active set and the values are those of float32), or ``auto``: certified where the processor multiplies
+            bfloat16 and the compiled loops are there.
+        device: where the training runs. On CUDA the dense step multiplies in bfloat16 with float32 master weights,
+            or in float32 if `precision` says so.
+
+    Raises:
+        UsageError: the sparse step or the certified encoder is asked for where it is not there.
     """
-    if requested == "reference":
-        return Choice("reference", step_gradients, "asked for; plain autograd")
-    if device.type == "cuda":
-        return Choice("dense", DenseStep(torch.bfloat16), "CUDA: bf16 products, fp32 master weights")
-    return Choice("dense", DenseStep(), f"{device.type}: fp32, closed-form gradients")
+    if device.type != "cpu":
+        if kernel == "sparse" or precision == "certified":
+            option = "--kernel sparse" if kernel == "sparse" else "--precision certified"
+            raise UsageError(f"{option}: only on the CPU so far; leave it out or use --device cpu")
+        bf16 = device.type == "cuda" and precision == "auto"
+        why = f"{device.type}: {'bf16 products, fp32 master weights' if bf16 else 'fp32'}"
+        return Choice("dense", why, device, None, False, True, torch.bfloat16 if bf16 else None)
+    if kernel == "dense":
+        if precision == "certified":
+            raise UsageError("--kernel dense with --precision certified: only sparse steps have a certified encoder")
+        return Choice("dense", "asked for; fp32, closed-form gradients", device, None, False, True, None)
+    loops = library.load()
+    if loops is None:
+        if precision == "certified":
+            raise UsageError(
+                "--precision certified needs nsae's compiled loops, which this installation lacks; install a C "
+                "compiler and reinstall nsae, or use --precision fp32"
+            )
+        why = "no compiled loops in this installation: torch's CSR products, fp32 encoder"
+        return _cpu_choice(kernel, why, device, "torch", False)
+    certify = precision == "certified" or (precision == "auto" and certified.has_bf16_products())
+    if certify:
+        encoder = "certified bf16 encoder" + ("" if certified.has_bf16_products() else ", slow without bf16 hardware")
+    else:
+        encoder = "fp32 encoder" + (", no bf16 products in this processor" if precision == "auto" else "")
+    return _cpu_choice(kernel, f"{loops.isa}, {encoder}", device, "native", certify)
+
+
+def _cpu_choice(
+    kernel: KernelOption, why: str, device: torch.device, sparse: Literal["native", "torch"], certify: bool
+) -> Choice:
+    if kernel == "sparse":
+        return Choice("sparse", f"asked for; {why}", device, sparse, certify, False, None)
+    return Choice("auto", f"dense or sparse by density; {why}", device, sparse, certify, True, None)
+
+
+class AdaptiveKernel:
+    """A dense and a sparse step of one SAE, and which of them is next.
+
+    Args:
+        dense, sparse: at least one of them.
+        crossover: density at which both take the same time; None where there is one kernel only.
+        density: known before the first step (k/d_sae), or None.
+    """
+
+    def __init__(
+        self, dense: DenseStep | None, sparse: SparseStep | None, crossover: float | None, density: float | None
+    ) -> None:
+        assert dense or sparse
+        self._dense, self._sparse = dense, sparse
+        self._crossover = crossover
+        # Before the first step about half of the features are active, unless the activation says otherwise.
+        self._use_sparse = dense is None or (sparse is not None and density is not None and density < (crossover or 0))
+
+    @property
+    def name(self) -> str:
+        """Of the step that is next."""
+        return self._current().name
+
+    def _current(self) -> DenseStep | SparseStep:
+        chosen = self._sparse if self._use_sparse else self._dense
+        assert chosen is not None
+        return chosen
+
+    def backward(self, x: torch.Tensor, weights: Weights, into: GradientBuffer, **arguments: Any) -> Gradients:
+        """See `Kernel.backward`; afterwards chooses the next step's kernel from this one's density."""
+        gradients = self._current().backward(x, weights, into, **arguments)
+        if self._crossover is not None and len(x):
+            density = float(gradients.result.l0.mean()) / len(weights.b_enc)
+            if self._use_sparse and density > self._crossover * _HYSTERESIS:
+                self._use_sparse = False
+            elif not self._use_sparse and density < self._crossover / _HYSTERESIS:
+                self._use_sparse = True
+                into.release()
+        return gradients
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What the next step's choice depends on, for a checkpoint: a resumed run goes on with the same kernel."""
+        return {"sparse": torch.tensor(self._use_sparse), "crossover": torch.tensor(self._crossover or 0.0).double()}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Goes on from `state()`, as far as this installation has the kernels: else it keeps to its own."""
+        if self._crossover is not None and float(state["crossover"]) > 0:
+            self._use_sparse = bool(state["sparse"])
+            self._crossover = float(state["crossover"])

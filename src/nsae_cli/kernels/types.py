@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -34,19 +34,42 @@ class Weights:
         return {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
 
     def zeros_like(self) -> Weights:
-        """Four zero tensors of the same shapes, dtype and device."""
+        """Four zero tensors of the same shapes, layout, dtype and device."""
         return Weights(*(torch.zeros_like(tensor) for tensor in self.tensors()))
 
     def to(self, dtype: torch.dtype) -> Weights:
         """A detached copy in `dtype`."""
         return Weights(*(tensor.detach().to(dtype, copy=True) for tensor in self.tensors()))
 
+    def by_feature(self) -> Weights:
+        """The same values with W_enc laid out feature by feature in memory, as the sparse kernels read it."""
+        return Weights(self.W_enc.t().contiguous().t(), self.b_enc, self.W_dec, self.b_dec)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which entries may be active.
+
+    Attributes:
+        top_k: None: all that are positive; else the `top_k` largest of those, of each row or on average over a batch.
+        over: ``row``, or ``batch``: the top_k·B largest of the whole batch.
+    """
+
+    top_k: int | None = None
+    over: Literal["row", "batch"] = "row"
+
+
+POSITIVE = Selection()
+
 
 class Activation(Protocol):
-    """An element-wise activation that is 0 wherever its input is not positive."""
+    """An activation that is 0 wherever its input is not positive: a selection of entries, then a function of each."""
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def selection(self) -> Selection: ...
 
     def value(self, pre_acts: torch.Tensor) -> torch.Tensor:
         """acts = act(pre_acts), differentiable."""
@@ -84,7 +107,7 @@ class StepResult:
     """What a kernel returns beside the gradients.
 
     Attributes:
-        x_hat: reconstruction [B, d] (float32 or wider)
+        error: x̂ − x [B, d] (float32 or wider)
         sq_error: ‖x̂ − x‖² per row [B]
         penalty: S per row [B]
         l0: number of positive acts per row [B], float
@@ -92,7 +115,7 @@ class StepResult:
         fired: whether each feature was positive in any row [F], bool
     """
 
-    x_hat: torch.Tensor
+    error: torch.Tensor
     sq_error: torch.Tensor
     penalty: torch.Tensor
     l0: torch.Tensor

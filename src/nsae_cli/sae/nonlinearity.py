@@ -7,6 +7,8 @@ from typing import ClassVar
 
 import torch
 
+from nsae_cli.kernels.types import POSITIVE, Selection
+
 
 @dataclass(frozen=True)
 class Relu:
@@ -14,6 +16,7 @@ class Relu:
 
     name: ClassVar[str] = "relu"
     homogeneous: ClassVar[bool] = True
+    selection: ClassVar[Selection] = POSITIVE
 
     def value(self, pre_acts: torch.Tensor) -> torch.Tensor:
         return torch.relu(pre_acts)
@@ -36,6 +39,7 @@ class TanhRelu:
 
     name: ClassVar[str] = "tanh-relu"
     homogeneous: ClassVar[bool] = False
+    selection: ClassVar[Selection] = POSITIVE
 
     def value(self, pre_acts: torch.Tensor) -> torch.Tensor:
         return torch.tanh(torch.relu(pre_acts))

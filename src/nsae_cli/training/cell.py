@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from nsae_cli.errors import NumericalError
-from nsae_cli.kernels.adam import Adam
-from nsae_cli.kernels.decoder import bound_rows_, clip_norm_, normalise_rows_, remove_parallel_component_
 from nsae_cli.kernels.select import Choice
 from nsae_cli.kernels.types import StepResult, Weights
+from nsae_cli.kernels.update import GradientBuffer, Gradients, Updater
 from nsae_cli.metrics.deadness import FiredWindow
 from nsae_cli.sae.autoencoder import SparseAutoencoder, fold_input_scale
 from nsae_cli.sae.objective import L1_POWER, L2_POWER, Objective, beta_from_alpha, penalty_degree
@@ -58,19 +57,19 @@ class Cell:
     Args:
         config: what to train.
         objective: its loss, from `make_objective`.
-        weights: initial weights in scaled units, on the training device; updated in place.
-        kernel: the chosen training step.
+        weights: initial weights in scaled units, on the training device; taken over and updated in place.
+        kernel: what to step with.
     """
 
     def __init__(self, config: CellConfig, objective: Objective, weights: Weights, kernel: Choice) -> None:
         self.config = config
         self.objective = objective
-        self.weights = weights
-        self.gradients = weights.zeros_like()
-        self.kernel = kernel
+        self.weights = weights = weights.by_feature()
+        self.kernel = kernel.make(len(weights.b_dec), config.d_sae, objective.nonlinearity)
+        self._gradients = GradientBuffer(weights)
         self._zero_rows = torch.zeros((), dtype=torch.int64, device=weights.b_enc.device)
         self.window = FiredWindow(config.d_sae, config.dead_window, device=weights.b_enc.device)
-        self.adam = Adam(weights)
+        self._updater = Updater(weights, config.decoder, config.clip)
 
     def train_step(self, rows: HookRows, step: int) -> StepLog:
         """One optimizer step on a batch.
@@ -89,27 +88,20 @@ class Cell:
         per_row_error, per_row_sparsity = objective.row_weights(rows.norm, rows.zero)
         error_weight = per_row_error / len(rows.norm)
         sparsity_weight = per_row_sparsity * (objective.beta_scaled * ramped / len(rows.norm))
-        result = self.kernel.step(
+        gradients = self.kernel.backward(
             x,
             self.weights,
-            self.gradients,
+            self._gradients,
             activation=objective.nonlinearity,
             penalty=objective.penalty,
             error_weight=error_weight,
             sparsity_weight=sparsity_weight,
             noise=self._noise(len(rows.norm), step),
         )
-        if config.decoder == "unit":
-            remove_parallel_component_(self.gradients.W_dec, self.weights.W_dec)
-        self._refuse_non_finite(result, step)
-        if config.clip is not None:
-            clip_norm_(self.gradients, config.clip)
+        result = gradients.result
+        self._refuse_non_finite(gradients, step)
         lr = learning_rate(step, config.steps, config.lr, config.lr_warm_up, config.lr_decay)
-        self.adam.step(self.gradients, lr)
-        if config.decoder == "unit":
-            normalise_rows_(self.weights.W_dec)
-        elif config.decoder == "bounded":
-            bound_rows_(self.weights.W_dec)
+        self._updater.step(gradients, lr)
         self.window.update(result.fired, len(rows.norm))
         self._zero_rows += rows.zero.sum()  # stays on the device: reading it here would make every step wait
         return StepLog(result, x, error_weight, sparsity_weight, config.alpha * ramped, lr)
@@ -122,9 +114,9 @@ class Cell:
         generator = torch.Generator(device=device).manual_seed(stable_seed("noise", self.config.seed, step))
         return torch.randn(rows, self.config.d_sae, generator=generator, device=device).mul_(self.config.noise)
 
-    def _refuse_non_finite(self, result: StepResult, step: int) -> None:
-        # b_dec's gradient sums every row's error, W_enc's every row's delta: a NaN or infinity anywhere reaches one.
-        total = result.sq_error.sum() + self.gradients.b_dec.sum() + self.gradients.b_enc.sum()
+    def _refuse_non_finite(self, gradients: Gradients, step: int) -> None:
+        # b_dec's gradient sums every row's error, b_enc's every row's delta: a NaN or infinity anywhere reaches one.
+        total = gradients.result.sq_error.sum() + gradients.b_dec.sum() + gradients.b_enc.sum()
         if not bool(torch.isfinite(total)):
             raise NumericalError(
                 f"loss or gradient is not finite at step {step + 1} of {self.config.hook} ({self.config.act}, "
@@ -146,8 +138,9 @@ class Cell:
 
         On the CPU these are the tensors themselves, not copies: to be written before the next step.
         """
-        state = self.weights.named() | {f"adam/{key}": value for key, value in self.adam.state().items()}
+        state = self.weights.named() | {f"adam/{key}": value for key, value in self._updater.adam.state().items()}
         state |= {f"window/{key}": value for key, value in self.window.state().items()}
+        state |= {f"kernel/{key}": value for key, value in self.kernel.state().items()}
         state["zero_rows"] = self._zero_rows
         return {name: tensor.detach().cpu() for name, tensor in state.items()}
 
@@ -155,6 +148,7 @@ class Cell:
         """Goes on from `state()`. A missing entry is a KeyError: nothing is ever re-estimated."""
         for name, tensor in self.weights.named().items():
             tensor.copy_(state[name])
-        self.adam.load_state({key: state[f"adam/{key}"] for key in self.adam.state()})
+        self._updater.adam.load_state({key: state[f"adam/{key}"] for key in self._updater.adam.state()})
         self.window.load_state({key: state[f"window/{key}"] for key in self.window.state()})
+        self.kernel.load_state({key: state[f"kernel/{key}"] for key in self.kernel.state()})
         self._zero_rows.copy_(state["zero_rows"])

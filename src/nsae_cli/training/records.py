@@ -28,7 +28,7 @@ def step_record(cell: Cell, rows: HookRows, log: StepLog, step: int) -> dict[str
     """
     objective, result = cell.objective, log.result
     s = objective.input_scale
-    x_hat = result.x_hat
+    x_hat = log.x + result.error
     to_raw = 1 / objective.loss_scale
     loss_l2 = float(log.error_weight.double() @ result.sq_error.double()) * to_raw
     loss_sparsity = float(log.sparsity_weight.double() @ result.penalty.double()) * to_raw

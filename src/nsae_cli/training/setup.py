@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from nsae_cli.errors import UsageError
-from nsae_cli.kernels.select import Choice, choose_step
+from nsae_cli.kernels.select import Choice, choose
 from nsae_cli.kernels.types import Weights
 from nsae_cli.metrics.groups import SINKS
 from nsae_cli.reporter import Reporter
@@ -68,7 +68,7 @@ def make_cells(
     plan: TrainPlan, profiles: dict[str, HookProfile], device: torch.device
 ) -> tuple[dict[str, Cell], Choice]:
     """The cells with room for their weights, which `initialise_cells` or a checkpoint fills, and their kernel."""
-    kernel = choose_step("auto", device)
+    kernel = choose("auto", "auto", device)
     cells = {}
     d_in = plan.store.manifest.d_in
     for name, config in plan.configs.items():

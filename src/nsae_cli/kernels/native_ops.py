@@ -1,0 +1,311 @@
+"""The sparse step's operations on the compiled loops: float32, CPU, all of torch's threads.
+
+Rows and features are cut into ranges that depend on the shapes only and every sum is taken within a range, so the
+results do not depend on the number of threads (the float32 encoder's product is torch's own).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from nsae_cli.kernels import scratch
+from nsae_cli.kernels.adam import Adam
+from nsae_cli.kernels.certified import RELATIVE, RoundedRows, round_rows
+from nsae_cli.kernels.entries import Columns, Entries
+from nsae_cli.kernels.native.library import NativeLibrary
+from nsae_cli.kernels.types import Weights
+from nsae_cli.kernels.workers import in_parallel, ranges, split
+
+#: Bytes of one block of pre-activations: a block is scanned while the processor's caches still hold part of it.
+_BLOCK_BYTES = 48 * 2**20
+_MIN_BLOCK_ROWS = 512
+#: Tasks per thread: several, since rows differ much in the number of their entries.
+_TASKS = 8
+#: Columns of x that are packed together, a multiple of 4·VL for every instruction set: 256 bytes, and [B, 64] floats
+#: of x and of the error stay in a core's second-level cache.
+_CHUNK = 64
+_DECODERS = {"free": 0, "unit": 1, "bounded": 2}
+
+
+class EncoderShadow:
+    """The encoder in bfloat16 with each feature's parts of the bound; made anew when the weights have changed."""
+
+    def __init__(self, library: NativeLibrary) -> None:
+        self._library = library
+        self._of: tuple[torch.Tensor, int] | None = None
+        self.copy = torch.empty(0, dtype=torch.bfloat16)
+        self.norm = self.rest = torch.empty(0)
+
+    def is_of(self, W_enc: torch.Tensor) -> None:
+        """Says that the copy is that of W_enc as it is now."""
+        self._of = (W_enc, W_enc._version)  # every change in place counts the version up
+
+    def refresh(self, W_enc: torch.Tensor) -> None:
+        """Follows W_enc [d, F], unless it is the one that is followed already and has not changed."""
+        if self._of is not None and self._of[0] is W_enc and self._of[1] == W_enc._version:
+            return
+        encoder = _feature_major(W_enc)
+        F, d = encoder.shape
+        if self.copy.shape != encoder.shape:
+            self.copy = torch.empty(F, d, dtype=torch.bfloat16)
+            self.norm, self.rest = torch.empty(F), torch.empty(F)
+
+        def part(first: int, last: int) -> None:
+            self._library.call("shadow", first, last, d, encoder, self.copy, self.norm, self.rest)
+
+        in_parallel(part, split(F, torch.get_num_threads()))
+        self.is_of(W_enc)
+
+
+class NativeOps:
+    """See `entries.SparseOps`; `update` beside it.
+
+    Args:
+        library: the compiled loops.
+        certified: encode in bfloat16 with the bound of `certified`, else in float32.
+    """
+
+    def __init__(self, library: NativeLibrary, certified: bool) -> None:
+        self._library = library
+        self._shadow = EncoderShadow(library) if certified else None
+        self.name = f"native {library.isa}{', certified bf16 encoder' if certified else ', fp32 encoder'}"
+        #: Entries that were evaluated in float32, and entries that were active, since the start (certified only).
+        self.evaluated = 0
+
+    def active(
+        self,
+        x: torch.Tensor,
+        weights: Weights,
+        b_enc: torch.Tensor,
+        *,
+        noise: torch.Tensor | None,
+        threshold: float,
+        top_k: int | None,
+    ) -> Entries:
+        """See `SparseOps.active`."""
+        B, F = x.shape[0], b_enc.shape[0]
+        encoder = _feature_major(weights.W_enc)
+        rounded: RoundedRows | None = None
+        test_bias = b_enc
+        if self._shadow is not None:
+            self._shadow.refresh(weights.W_enc)
+            rounded = round_rows(x, weights.b_dec)
+            test_bias = torch.addmv(b_enc, encoder, weights.b_dec)
+        collect = _Collect(self._library, self._shadow, rounded, x, encoder, b_enc, test_bias, noise, threshold, top_k)
+        element = 4 if rounded is None else 2
+        block_rows = max(_MIN_BLOCK_ROWS, _BLOCK_BYTES // (F * element))
+        pieces: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        for first, last in ranges(B, block_rows):
+            z = scratch.buffer("z", last - first, F, torch.float32 if rounded is None else torch.bfloat16)
+            if rounded is None or self._shadow is None:
+                torch.mm(x[first:last], encoder.t(), out=z)
+            else:
+                torch.mm(rounded.rows[first:last], self._shadow.copy.t(), out=z)
+            found = in_parallel(partial(collect.rows, z, first), _row_tasks(last - first))
+            pieces += [piece for parts, _ in found for piece in parts]
+            self.evaluated += sum(candidates for _, candidates in found)
+        row_ptr = torch.zeros(B + 1, dtype=torch.int64)
+        if not pieces:
+            return Entries(row_ptr, torch.empty(0, dtype=torch.int32), x.new_empty(0))
+        torch.cumsum(torch.cat([piece[0] for piece in pieces]), 0, out=row_ptr[1:])
+        return Entries(row_ptr, torch.cat([piece[1] for piece in pieces]), torch.cat([piece[2] for piece in pieces]))
+
+    def decode(
+        self, entries: Entries, acts: torch.Tensor, weights: Weights, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `SparseOps.decode`."""
+        B, d = x.shape
+        error, sq_error, dots = torch.empty_like(x), x.new_empty(B), torch.empty_like(acts)
+
+        def part(first: int, last: int) -> None:
+            self._library.call(
+                "decode",
+                *(first, last, d),
+                *(entries.row_ptr, entries.cols, acts, weights.W_dec, weights.b_dec, x),
+                *(error, sq_error, dots),
+            )
+
+        in_parallel(part, _row_tasks(B))
+        return error, sq_error, dots
+
+    def row_sums(self, entries: Entries, values: torch.Tensor) -> torch.Tensor:
+        """See `SparseOps.row_sums`; added up in float64."""
+        B = len(entries.row_ptr) - 1
+        sums = torch.empty(B)
+        self._library.call("row_sums", B, entries.row_ptr, values, sums)
+        return sums
+
+    def by_feature(
+        self, entries: Entries, d_sae: int, delta: torch.Tensor, pull: torch.Tensor, dots: torch.Tensor
+    ) -> Columns:
+        """See `SparseOps.by_feature`; a counting sort."""
+        E = len(entries.cols)
+        columns = Columns(
+            col_ptr=torch.empty(d_sae + 1, dtype=torch.int64),
+            rows=torch.empty(E, dtype=torch.int32),
+            delta=torch.empty(E),
+            pull=torch.empty(E),
+            sum_delta=torch.empty(d_sae, dtype=torch.float64),
+            sum_along=torch.empty(d_sae, dtype=torch.float64),
+        )
+        self._library.call(
+            "by_feature",
+            *(len(entries.row_ptr) - 1, d_sae, entries.row_ptr, entries.cols, delta, pull, dots),
+            *(columns.col_ptr, columns.rows, columns.delta, columns.pull, columns.sum_delta, columns.sum_along),
+        )
+        return columns
+
+    def gradients(
+        self,
+        columns: Columns,
+        x: torch.Tensor,
+        error: torch.Tensor,
+        along: torch.Tensor,
+        weights: Weights,
+        gradients: Weights,
+    ) -> None:
+        """See `SparseOps.gradients`."""
+        B, d = x.shape
+        x_packed, error_packed = self._packed("x", x), self._packed("error", error)
+        grad_enc = _feature_major(gradients.W_enc)
+
+        def part(first: int, last: int) -> None:
+            self._library.call(
+                "gradients",
+                *(first, last, B, d, _CHUNK, columns.col_ptr, columns.rows, columns.delta, columns.pull),
+                *(x_packed, error_packed, along, weights.W_dec, grad_enc, gradients.W_dec),
+            )
+
+        in_parallel(part, split(len(along), torch.get_num_threads()))
+        # Written behind torch's back.
+        for tensor in (gradients.W_enc, gradients.W_dec):
+            torch.autograd.graph.increment_version(tensor)
+
+    def update(
+        self,
+        columns: Columns,
+        x: torch.Tensor,
+        error: torch.Tensor,
+        along: torch.Tensor,
+        weights: Weights,
+        adam: Adam,
+        decoder: str,
+        lr: float,
+    ) -> None:
+        """The gradients of `gradients`, Adam's step on W_enc and W_dec, and the decoder's constraint, in one pass.
+
+        Args:
+            adam: holds the moments; `adam.begin_step` has counted this step already.
+            decoder: ``free``, ``unit`` or ``bounded``.
+            lr: learning rate.
+        """
+        B, d = x.shape
+        x_packed, error_packed = self._packed("x", x), self._packed("error", error)
+        encoder = _feature_major(weights.W_enc)
+        first_moment, second_moment = adam.moments()
+        moments = (
+            _feature_major(first_moment.W_enc),
+            _feature_major(second_moment.W_enc),
+            first_moment.W_dec,
+            second_moment.W_dec,
+        )
+        shadow = self._shadow
+        copies = (None, None, None) if shadow is None else (shadow.copy, shadow.norm, shadow.rest)
+        numbers = adam.numbers(lr)
+
+        def part(first: int, last: int) -> None:
+            self._library.call(
+                "update",
+                *(first, last, B, d, _CHUNK, columns.col_ptr, columns.rows, columns.delta, columns.pull),
+                *(x_packed, error_packed, along, _DECODERS[decoder], encoder, weights.W_dec),
+                *moments,
+                *numbers,
+                *copies,
+            )
+
+        in_parallel(part, split(len(along), torch.get_num_threads()))
+        for tensor in (weights.W_enc, weights.W_dec):
+            torch.autograd.graph.increment_version(tensor)
+        if shadow is not None:
+            shadow.is_of(weights.W_enc)
+
+    def _packed(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        B, d = rows.shape
+        chunks = -(-d // _CHUNK)
+        packed = scratch.buffer(f"packed {name}", chunks * B, _CHUNK, torch.float32)
+
+        def part(first: int, last: int) -> None:
+            self._library.call("pack", first, last, B, d, _CHUNK, rows, packed)
+
+        in_parallel(part, split(B, torch.get_num_threads()))
+        return packed
+
+
+class _Collect:
+    """The scan of a batch's pre-activations, block by block."""
+
+    def __init__(
+        self,
+        library: NativeLibrary,
+        shadow: EncoderShadow | None,
+        rounded: RoundedRows | None,
+        x: torch.Tensor,
+        encoder: torch.Tensor,
+        b_enc: torch.Tensor,
+        test_bias: torch.Tensor,
+        noise: torch.Tensor | None,
+        threshold: float,
+        top_k: int | None,
+    ) -> None:
+        self._library, self._shadow, self._rounded = library, shadow, rounded
+        self._threshold, self._top_k = threshold, top_k or 0
+        self._x, self._encoder, self._b_enc, self._test_bias, self._noise = x, encoder, b_enc, test_bias, noise
+
+    def rows(
+        self, z: torch.Tensor, block: int, first: int, last: int
+    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], int]:
+        """Entries of rows block + first ≤ i < block + last: pieces of (counts, cols, pre_acts), and how many were
+        evaluated anew."""
+        F, d = self._encoder.shape
+        candidates = torch.zeros(1, dtype=torch.int64)
+        pieces = []
+        expected = F + 96 * (last - first)
+        while first < last:
+            count = last - first
+            counts = torch.empty(count, dtype=torch.int32)
+            cols, values = torch.empty(expected, dtype=torch.int32), torch.empty(expected)
+            rows = slice(block + first, block + last)
+            bounds: tuple[torch.Tensor | None, ...] = (None,) * 5
+            if self._shadow is not None and self._rounded is not None:
+                bound = self._rounded
+                bounds = (self._shadow.norm, self._shadow.rest, bound.row_a[rows], bound.row_b[rows], bound.slack[rows])
+            done = self._library.call(
+                "collect",
+                *(z[first:], int(self._shadow is not None), count, F, d, self._test_bias),
+                None if self._noise is None else self._noise[rows],
+                torch.full((count,), self._threshold) if self._threshold > 0 else None,
+                *(self._top_k, self._x[rows], self._encoder, self._b_enc, *bounds, RELATIVE),
+                *(expected, counts, cols, values),
+                *(scratch.buffer("cols", 1, F, torch.int32), scratch.buffer("values", 1, F, torch.float32)),
+                candidates,
+            )
+            counts = counts[:done]
+            used = int(counts.sum())
+            pieces.append((counts, cols[:used], values[:used]))
+            first += done
+            expected = max(expected, F * min(last - first, 64))  # dense rows: room for all that they can hold
+        return pieces, int(candidates)
+
+
+def _row_tasks(rows: int) -> list[tuple[int, int]]:
+    threads = torch.get_num_threads()
+    return split(rows, 1 if threads == 1 else _TASKS * threads)
+
+
+def _feature_major(W_enc: torch.Tensor) -> torch.Tensor:
+    """[d, F] with the features outermost in memory → [F, d] contiguous, no copy."""
+    by_feature = W_enc.t()
+    assert by_feature.is_contiguous(), "W_enc has to be laid out by feature: Weights.by_feature()"
+    return by_feature

@@ -1,0 +1,212 @@
+"""The sparse training step: after the encoder's product, everything runs on active entries alone.
+
+A feature that is off in a row contributes nothing to x̂, and its pre-activation gets no gradient: act'(z) = 0 for
+z ≤ 0. So of the five matrix products of a dense step the decoder's and the three of the backward pass are sums over the
+active entries (row i, feature j) only, with the same terms as in the dense sums, not fewer:
+
+    x̂_i = b_dec + Σ_j f_ij d_j          e_i = x̂_i − x_i
+    δ_ij = act'(z_ij)·(2w_i e_i·d_j + v_i ∂φ/∂f_ij)
+    ∂W_enc,j = Σ_i δ_ij x_i             ∂b_enc,j = Σ_i δ_ij
+    ∂W_dec,j = Σ_i 2w_i f_ij e_i + (Σ_i v_i ∂φ/∂ν_j)·d_j/‖d_j‖       ∂b_dec = Σ_i 2w_i e_i
+
+with w the error weight and v the sparsity weight of a row. Activation and penalty are applied to the entries' values by
+the same functions as in the dense step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nsae_cli.kernels.adam import Adam
+from nsae_cli.kernels.entries import Columns, Entries, SparseOps
+from nsae_cli.kernels.native_ops import NativeOps
+from nsae_cli.kernels.types import Activation, Penalty, StepResult, Weights
+from nsae_cli.kernels.update import GradientBuffer
+
+
+class SparseStep:
+    """Callable with `reference.step_gradients`' signature; `backward` gives the gradients in their sparse form.
+
+    Args:
+        ops: the operations it is made of.
+    """
+
+    def __init__(self, ops: SparseOps) -> None:
+        self._ops = ops
+        self._guess = 0.0  # of batch-top-k's threshold: saves work, changes nothing
+
+    @property
+    def name(self) -> str:
+        """Of the operations."""
+        return self._ops.name
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        weights: Weights,
+        gradients: Weights,
+        *,
+        activation: Activation,
+        penalty: Penalty,
+        error_weight: torch.Tensor,
+        sparsity_weight: torch.Tensor,
+        noise: torch.Tensor | None = None,
+    ) -> StepResult:
+        """See `reference.step_gradients`."""
+        backward = self.backward(
+            x,
+            weights,
+            GradientBuffer(weights),
+            activation=activation,
+            penalty=penalty,
+            error_weight=error_weight,
+            sparsity_weight=sparsity_weight,
+            noise=noise,
+        )
+        backward.write(gradients)
+        return backward.result
+
+    @torch.no_grad()
+    def backward(
+        self,
+        x: torch.Tensor,
+        weights: Weights,
+        into: GradientBuffer,
+        *,
+        activation: Activation,
+        penalty: Penalty,
+        error_weight: torch.Tensor,
+        sparsity_weight: torch.Tensor,
+        noise: torch.Tensor | None = None,
+    ) -> SparseGradients:
+        """The step's loss terms, and its gradients in a form that `full` or `update` finishes.
+
+        Args:
+            into: taken by `full` only.
+            x, weights, activation, penalty, error_weight, sparsity_weight, noise: see `reference.step_gradients`.
+        """
+        ops = self._ops
+        entries = self._entries(x, weights, activation, noise)
+        acts = activation.value_(entries.pre_acts.clone())
+        error, sq_error, dots = ops.decode(entries, acts, weights, x)
+
+        counts = entries.counts
+        error_pull, sparsity_pull = 2 * error_weight, sparsity_weight
+        row_pull = torch.repeat_interleave(error_pull, counts, output_size=len(acts))
+        row_sparsity = torch.repeat_interleave(sparsity_pull, counts, output_size=len(acts))
+        norms = torch.linalg.vector_norm(weights.W_dec, dim=1) if penalty.uses_decoder_norms else None
+        norms_here = None if norms is None else norms[entries.cols]
+        act_slope, norm_slope = penalty.slopes(acts, norms_here)
+        delta = torch.addcmul(row_pull * dots, row_sparsity, torch.as_tensor(act_slope, dtype=x.dtype, device=x.device))
+        activation.scale_by_derivative_(delta, acts)
+        columns = ops.by_feature(entries, len(weights.b_enc), delta, row_pull * acts, dots)
+
+        along = torch.zeros_like(weights.b_enc)
+        if norms is not None:
+            pull_of_norm = torch.zeros_like(norms, dtype=torch.float64)
+            pull_of_norm.index_add_(0, entries.cols, (row_sparsity * norm_slope).double())
+            # ∂‖d_i‖/∂d_i = d_i/‖d_i‖; a zero row has no direction and torch's own norm gives it gradient 0.
+            along = (pull_of_norm / norms.double().clamp_min(1e-30)).to(x.dtype)
+        penalties = penalty.value(acts, norms_here)
+        l1 = ops.row_sums(entries, acts)
+        result = StepResult(
+            error=error,
+            sq_error=sq_error,
+            penalty=l1 if penalties is acts else ops.row_sums(entries, penalties),
+            l0=counts.to(x.dtype),
+            l1=l1,
+            fired=columns.counts > 0,
+        )
+        return SparseGradients(
+            ops=ops,
+            result=result,
+            b_enc=columns.sum_delta.to(x.dtype),
+            b_dec=error_pull @ error,
+            columns=columns,
+            along=along,
+            x=x,
+            weights=weights,
+            into=into,
+        )
+
+    def _entries(
+        self, x: torch.Tensor, weights: Weights, activation: Activation, noise: torch.Tensor | None
+    ) -> Entries:
+        selection = activation.selection
+        find = self._ops.active
+        if selection.top_k is None:
+            return find(x, weights, weights.b_enc, noise=noise, threshold=0.0, top_k=None)
+        if selection.over == "row":
+            return find(x, weights, weights.b_enc, noise=noise, threshold=0.0, top_k=selection.top_k)
+        most = selection.top_k * len(x)
+        threshold = self._guess
+        entries = find(x, weights, weights.b_enc, noise=noise, threshold=threshold, top_k=None)
+        while len(entries.cols) < most and threshold > 0:
+            threshold = threshold * 0.5 if threshold > 1e-30 else 0.0
+            entries = find(x, weights, weights.b_enc, noise=noise, threshold=threshold, top_k=None)
+        if len(entries.cols) <= most or not len(x):
+            return entries
+        least = torch.kthvalue(entries.pre_acts, len(entries.cols) - most + 1).values
+        wanted = entries.pre_acts > least
+        ties = entries.pre_acts == least
+        wanted |= ties & (torch.cumsum(ties, 0) <= most - wanted.sum())  # the first in the order of rows and columns
+        self._guess = 0.9 * float(least)
+        return entries.keep(wanted)
+
+
+@dataclass
+class SparseGradients:
+    """Gradients of a sparse step: those of the biases, and the others as sums over entries yet to be taken.
+
+    Attributes:
+        result: the step's loss terms.
+        b_enc: [F]
+        b_dec: [d]
+        along: what is added to ∂W_dec,j in the direction of W_dec,j, [F]
+    """
+
+    ops: SparseOps
+    result: StepResult
+    b_enc: torch.Tensor
+    b_dec: torch.Tensor
+    columns: Columns
+    along: torch.Tensor
+    x: torch.Tensor
+    weights: Weights
+    into: GradientBuffer
+
+    def full(self) -> Weights:
+        """See `update.Gradients.full`."""
+        self.write(self.into.get())
+        return self.into.get()
+
+    def write(self, gradients: Weights) -> None:
+        """Overwrites all four gradients."""
+        gradients.b_enc.copy_(self.b_enc)
+        gradients.b_dec.copy_(self.b_dec)
+        self.ops.gradients(self.columns, self.x, self.result.error, self.along, self.weights, gradients)
+
+    @property
+    def can_update(self) -> bool:
+        """Whether `update` is there."""
+        return isinstance(self.ops, NativeOps)
+
+    @torch.no_grad()
+    def update(self, adam: Adam, decoder: str, lr: float) -> None:
+        """One step of Adam on all parameters and the decoder's constraint, without the gradients in memory.
+
+        Args:
+            adam: of these weights.
+            decoder: ``free``, ``bounded`` (rows at most 1 long), or ``unit``: unit rows, whose gradient is taken
+                perpendicular to them, ∂W_dec,j − ⟨∂W_dec,j, d_j⟩ d_j.
+            lr: learning rate.
+        """
+        assert isinstance(self.ops, NativeOps)
+        along = self.along
+        if decoder == "unit":
+            length_sq = torch.linalg.vecdot(self.weights.W_dec, self.weights.W_dec)
+            along = (along - (self.columns.sum_along + along * length_sq)).to(along.dtype)
+        adam.step_biases(self.b_enc, self.b_dec, lr)
+        self.ops.update(self.columns, self.x, self.result.error, along, self.weights, adam, decoder, lr)

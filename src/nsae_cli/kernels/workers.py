@@ -1,0 +1,35 @@
+"""Threads for the compiled loops: as many as torch uses, over fixed ranges of rows or features."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+R = TypeVar("R")
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="nsae-kernel")
+
+
+def ranges(count: int, size: int) -> list[tuple[int, int]]:
+    """0 … count cut into ranges of at most `size`."""
+    return [(first, min(count, first + size)) for first in range(0, count, max(1, size))]
+
+
+def split(count: int, parts: int) -> list[tuple[int, int]]:
+    """0 … count cut into at most `parts` ranges of nearly equal size."""
+    return ranges(count, -(-count // max(1, parts)))
+
+
+def in_parallel(function: Callable[[int, int], R], parts: list[tuple[int, int]]) -> list[R]:
+    """`function(first, last)` of every range, side by side on torch's number of threads; results in order."""
+    threads = torch.get_num_threads()
+    if threads == 1 or len(parts) < 2:
+        return [function(first, last) for first, last in parts]
+    return list(_pool(threads).map(lambda part: function(*part), parts))
