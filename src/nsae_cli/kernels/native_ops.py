@@ -12,7 +12,7 @@ import torch
 
 from nsae_cli.kernels import scratch
 from nsae_cli.kernels.adam import Adam
-from nsae_cli.kernels.certified import RELATIVE, RoundedRows, round_rows
+from nsae_cli.kernels.certified import RELATIVE, RoundedRows, bias_of_test, round_rows
 from nsae_cli.kernels.entries import Columns, Entries
 from nsae_cli.kernels.native.library import NativeLibrary
 from nsae_cli.kernels.types import Weights
@@ -92,7 +92,7 @@ class NativeOps:
         if self._shadow is not None:
             self._shadow.refresh(weights.W_enc)
             rounded = round_rows(x, weights.b_dec)
-            test_bias = torch.addmv(b_enc, encoder, weights.b_dec)
+            test_bias = bias_of_test(encoder, b_enc, weights.b_dec)
         collect = _Collect(self._library, self._shadow, rounded, x, encoder, b_enc, test_bias, noise, threshold, top_k)
         element = 4 if rounded is None else 2
         block_rows = max(_MIN_BLOCK_ROWS, _BLOCK_BYTES // (F * element))

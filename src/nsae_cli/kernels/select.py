@@ -16,13 +16,11 @@ from nsae_cli.kernels import calibration, certified
 from nsae_cli.kernels.dense import DenseStep
 from nsae_cli.kernels.native import library
 from nsae_cli.kernels.native_ops import NativeOps
+from nsae_cli.kernels.options import KernelOption, PrecisionOption
 from nsae_cli.kernels.sparse import SparseStep
 from nsae_cli.kernels.torch_ops import TorchOps
 from nsae_cli.kernels.types import Activation, Penalty, Weights
 from nsae_cli.kernels.update import GradientBuffer, Gradients
-
-KernelOption = Literal["auto", "dense", "sparse"]
-PrecisionOption = Literal["auto", "fp32", "certified"]
 
 #: A step stays with its kernel until the density is this factor past the cross-over: no flicker around it.
 _HYSTERESIS = 1.15
@@ -163,6 +161,14 @@ class AdaptiveKernel:
     def name(self) -> str:
         """Of the step that is next."""
         return self._current().name
+
+    def describe(self) -> dict[str, Any]:
+        """For run.json: the steps that there are, and the density at which they change places."""
+        return {
+            "dense": self._dense.name if self._dense else None,
+            "sparse": self._sparse.name if self._sparse else None,
+            "crossover_density": self._crossover,
+        }
 
     def _current(self) -> DenseStep | SparseStep:
         chosen = self._sparse if self._use_sparse else self._dense
