@@ -189,7 +189,8 @@ class AdaptiveKernel:
 
     def state(self) -> dict[str, torch.Tensor]:
         """What the next step's choice depends on, for a checkpoint: a resumed run goes on with the same kernel."""
-        return {"sparse": torch.tensor(self._use_sparse), "crossover": torch.tensor(self._crossover or 0.0).double()}
+        crossover = torch.tensor(self._crossover or 0.0, dtype=torch.float64)
+        return {"sparse": torch.tensor(self._use_sparse), "crossover": crossover}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Goes on from `state()`, as far as this installation has the kernels: else it keeps to its own."""
