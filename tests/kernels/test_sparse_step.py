@@ -238,6 +238,26 @@ def test_the_shadow_follows_every_change_of_the_weights(certified):
         assert_same(problem.run(step, "relu", "l1"), exact, 5e-6)
 
 
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("name", EVERY_OPS)
+def test_steps_of_either_kernel_in_any_order_follow_the_dense_ones(name, clip):
+    """Each step sees the weights that the one before left, whoever took it and however."""
+    problem = at_density(Problem((60, 32, 120), torch.float32), 0.1)
+
+    def weights_after(steps) -> Weights:
+        weights, updater = started(problem, "unit", clip)
+        buffer = GradientBuffer(weights)
+        for step in steps:
+            updater.step(step.backward(problem.x, weights, buffer, **problem.arguments("relu", "l1")), LR)
+        return weights
+
+    sparse, dense = SparseStep(make_ops(name)), DenseStep()
+    expected = weights_after([dense] * 6)
+    found = weights_after([sparse, sparse, dense, sparse, dense, sparse])
+    for tensor, value, start in zip(found.tensors(), expected.tensors(), problem.weights.tensors(), strict=True):
+        assert (tensor - value).norm() <= 1e-4 * (value - start).norm()
+
+
 def test_a_nan_anywhere_shows_in_the_biases_gradients(ops):
     for spoil in ("x", "W_enc", "b_enc", "W_dec"):
         problem = at_density(Problem((20, 16, 40), torch.float32), 0.2)

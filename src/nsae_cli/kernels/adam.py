@@ -77,6 +77,9 @@ class Adam:
             eps=self._eps,
             maximize=False,
         )
+        for name in names:
+            # Fused Adam writes without counting the version up, by which others see that weights have changed.
+            torch.autograd.graph.increment_version(weights[name])
 
     def _count(self) -> None:
         self._taken += 1

@@ -336,41 +336,79 @@ EXPORT void NAME(nsae_pack)(int64_t first, int64_t last, int64_t B, int64_t d, i
         }
 }
 
-/* One chunk (4·VL columns) of a feature's two gradients:
-   enc = Σ delta·x[row], dec = Σ pull·error[row], over the feature's entries. */
+/* Columns of a feature that are gathered at a time: few enough for the first-level cache. */
+#define WIDE 512
+
+/* `width` ≤ WIDE columns of a feature's two gradients: enc = Σ delta·x[row], dec = Σ pull·error[row] over its entries.
+   x and error point at the first of the columns in row 0; rows are `stride` floats apart and may be read up to the next
+   multiple of 4·VL. */
 static inline void NAME(gather)(int64_t begin, int64_t end, const int32_t *rows, const float *delta, const float *pull,
-                                const float *x, const float *error, int64_t chunk, VF enc[4], VF dec[4]) {
-    for (int u = 0; u < 4; u++) enc[u] = dec[u] = NAME(splat)(0);
-    for (int64_t q = begin; q < end; q++) {
-        const float *xr = x + (int64_t)rows[q] * chunk, *er = error + (int64_t)rows[q] * chunk;
-        const VF g = NAME(splat)(delta[q]), a = NAME(splat)(pull[q]);
+                                const float *x, const float *error, int64_t stride, int64_t width, float *enc,
+                                float *dec) {
+    if (width <= 4 * VL) { /* the sums fit into registers */
+        VF g_enc[4], g_dec[4];
+        for (int u = 0; u < 4; u++) g_enc[u] = g_dec[u] = NAME(splat)(0);
+        for (int64_t q = begin; q < end; q++) {
+            const float *xr = x + (int64_t)rows[q] * stride, *er = error + (int64_t)rows[q] * stride;
+            const VF g = NAME(splat)(delta[q]), a = NAME(splat)(pull[q]);
+            for (int u = 0; u < 4; u++) {
+                g_enc[u] += g * LOAD(xr + u * VL);
+                g_dec[u] += a * LOAD(er + u * VL);
+            }
+        }
         for (int u = 0; u < 4; u++) {
-            enc[u] += g * LOAD(xr + u * VL);
-            dec[u] += a * LOAD(er + u * VL);
+            STORE(enc + u * VL, g_enc[u]);
+            STORE(dec + u * VL, g_dec[u]);
+        }
+        return;
+    }
+    memset(enc, 0, sizeof(float) * width);
+    memset(dec, 0, sizeof(float) * width);
+    int64_t q = begin;
+    for (; q + 2 <= end; q += 2) { /* rows are read in long pieces: the processor fetches ahead by itself */
+        const float *x0 = x + (int64_t)rows[q] * stride, *x1 = x + (int64_t)rows[q + 1] * stride,
+                    *e0 = error + (int64_t)rows[q] * stride, *e1 = error + (int64_t)rows[q + 1] * stride;
+        const VF g0 = NAME(splat)(delta[q]), g1 = NAME(splat)(delta[q + 1]), a0 = NAME(splat)(pull[q]),
+                 a1 = NAME(splat)(pull[q + 1]);
+        for (int64_t k = 0; k < width; k += VL) {
+            STORE(enc + k, LOAD(enc + k) + g0 * LOAD(x0 + k) + g1 * LOAD(x1 + k));
+            STORE(dec + k, LOAD(dec + k) + a0 * LOAD(e0 + k) + a1 * LOAD(e1 + k));
+        }
+    }
+    if (q < end) {
+        const float *x0 = x + (int64_t)rows[q] * stride, *e0 = error + (int64_t)rows[q] * stride;
+        const VF g0 = NAME(splat)(delta[q]), a0 = NAME(splat)(pull[q]);
+        for (int64_t k = 0; k < width; k += VL) {
+            STORE(enc + k, LOAD(enc + k) + g0 * LOAD(x0 + k));
+            STORE(dec + k, LOAD(dec + k) + a0 * LOAD(e0 + k));
         }
     }
 }
 
+/* How many columns to gather at a time when `left` of a chunk and of the row are left. */
+static inline int64_t NAME(piece)(int64_t chunk, int64_t o) {
+    const int64_t left = chunk - o, most = chunk <= 64 ? 4 * VL : WIDE;
+    return left < most ? left : most;
+}
+
 /* Gradients of features first ≤ j < last: grad_enc[j] = Σ delta·x, grad_dec[j] = Σ pull·error + along[j]·W_dec[j],
-   both [F, d], overwritten. x and error are packed; chunk is a multiple of 4·VL. */
+   both [F, d], overwritten. x and error are packed in chunks, a multiple of 64 columns. */
 EXPORT void NAME(nsae_gradients)(int64_t first, int64_t last, int64_t B, int64_t d, int64_t chunk,
                                  const int64_t *col_ptr, const int32_t *rows, const float *delta, const float *pull,
                                  const float *x, const float *error, const float *along, const float *W_dec,
                                  float *grad_enc, float *grad_dec) {
+    float enc[WIDE], dec[WIDE];
     for (int64_t k = 0; k < d; k += chunk)
         for (int64_t j = first; j < last; j++)
-            for (int64_t o = 0; o < chunk && k + o < d; o += 4 * VL) {
-                VF enc[4], dec[4];
+            for (int64_t o = 0, wide; o < chunk && k + o < d; o += wide) {
+                wide = NAME(piece)(chunk, o);
                 NAME(gather)(col_ptr[j], col_ptr[j + 1], rows, delta, pull, x + k * B + o, error + k * B + o, chunk,
-                             enc, dec);
-                const int64_t left = d - k - o, width = left < 4 * VL ? left : 4 * VL;
+                             wide, enc, dec);
+                const int64_t left = d - k - o, width = left < wide ? left : wide;
                 float *to_enc = grad_enc + j * d + k + o, *to_dec = grad_dec + j * d + k + o;
+                const float *w = W_dec + j * d + k + o;
                 memcpy(to_enc, enc, sizeof(float) * width);
-                memcpy(to_dec, dec, sizeof(float) * width);
-                if (along) {
-                    const float *w = W_dec + j * d + k + o;
-                    for (int64_t l = 0; l < width; l++) to_dec[l] += along[j] * w[l];
-                }
+                for (int64_t l = 0; l < width; l++) to_dec[l] = dec[l] + along[j] * w[l];
             }
 }
 
@@ -460,6 +498,7 @@ EXPORT void NAME(nsae_update)(int64_t first, int64_t last, int64_t B, int64_t d,
                               float *m_enc, float *v_enc, float *m_dec, float *v_dec, float gain1, float beta2,
                               float gain2, float eps, float step_size, float inverse_root, uint16_t *copy, float *norm,
                               float *rest) {
+    float enc[WIDE], dec[WIDE];
     const NAME(adam) a = {gain1, beta2, gain2, eps, step_size, inverse_root};
 #ifdef NSAE_X86
     const unsigned control = _mm_getcsr();
@@ -467,7 +506,7 @@ EXPORT void NAME(nsae_update)(int64_t first, int64_t last, int64_t B, int64_t d,
 #endif
     for (int64_t k = 0; k < d; k += chunk)
         for (int64_t j = first; j < last; j++) {
-            if (j + 1 < last) {
+            if (j + 1 < last && chunk <= 64) { /* longer pieces the processor fetches ahead by itself */
                 const int64_t next = (j + 1) * d + k;
                 for (int64_t o = 0; o < chunk && k + o < d; o += 16) {
                     __builtin_prefetch(W_enc + next + o, 1);
@@ -478,29 +517,25 @@ EXPORT void NAME(nsae_update)(int64_t first, int64_t last, int64_t B, int64_t d,
                     __builtin_prefetch(v_dec + next + o, 1);
                 }
             }
-            for (int64_t o = 0; o < chunk && k + o < d; o += 4 * VL) {
-                VF enc[4], dec[4];
+            for (int64_t o = 0, wide; o < chunk && k + o < d; o += wide) {
+                wide = NAME(piece)(chunk, o);
                 NAME(gather)(col_ptr[j], col_ptr[j + 1], rows, delta, pull, x + k * B + o, error + k * B + o, chunk,
-                             enc, dec);
-                const int64_t at = j * d + k + o, left = d - k - o;
-                if (left >= 4 * VL) {
-                    const VF pull_along = NAME(splat)(along[j]);
-                    for (int u = 0; u < 4; u++) {
-                        const int64_t t = at + u * VL;
-                        STORE(W_enc + t, NAME(adam_vector)(LOAD(W_enc + t), enc[u], m_enc + t, v_enc + t, &a));
-                        const VF w = LOAD(W_dec + t);
-                        STORE(W_dec + t, NAME(adam_vector)(w, dec[u] + pull_along * w, m_dec + t, v_dec + t, &a));
-                    }
-                } else {
-                    float g_enc[4 * VL], g_dec[4 * VL];
-                    memcpy(g_enc, enc, sizeof g_enc);
-                    memcpy(g_dec, dec, sizeof g_dec);
-                    for (int64_t l = 0; l < left; l++) {
-                        const int64_t t = at + l;
-                        W_enc[t] = NAME(adam_scalar)(W_enc[t], g_enc[l], m_enc + t, v_enc + t, &a);
-                        const float w = W_dec[t];
-                        W_dec[t] = NAME(adam_scalar)(w, g_dec[l] + along[j] * w, m_dec + t, v_dec + t, &a);
-                    }
+                             wide, enc, dec);
+                const int64_t at = j * d + k + o, left = d - k - o, width = left < wide ? left : wide;
+                const VF pull_along = NAME(splat)(along[j]);
+                int64_t l = 0;
+                for (; l + VL <= width; l += VL) {
+                    const int64_t t = at + l;
+                    STORE(W_enc + t, NAME(adam_vector)(LOAD(W_enc + t), LOAD(enc + l), m_enc + t, v_enc + t, &a));
+                    const VF w = LOAD(W_dec + t);
+                    STORE(W_dec + t,
+                          NAME(adam_vector)(w, LOAD(dec + l) + pull_along * w, m_dec + t, v_dec + t, &a));
+                }
+                for (; l < width; l++) {
+                    const int64_t t = at + l;
+                    W_enc[t] = NAME(adam_scalar)(W_enc[t], enc[l], m_enc + t, v_enc + t, &a);
+                    const float w = W_dec[t];
+                    W_dec[t] = NAME(adam_scalar)(w, dec[l] + along[j] * w, m_dec + t, v_dec + t, &a);
                 }
             }
         }
@@ -554,6 +589,7 @@ EXPORT void NAME(nsae_row_sums)(int64_t B, const int64_t *row_ptr, const float *
     }
 }
 
+#undef WIDE
 #undef VF
 #undef LOAD
 #undef STORE
