@@ -1,0 +1,268 @@
+"""One optimizer step of nsae against the training steps of other SAE packages, side by side in one process.
+
+    make bench-setup
+    .venv-bench/bin/python benchmarks/bench_peers.py
+    .venv-bench/bin/python benchmarks/bench_peers.py --shape 6144,4096 --rounds 9 --threads 2 --sides nsae,sae-lens
+    .venv-bench/bin/python benchmarks/bench_peers.py --synthetic       # no SAE is trained first
+
+All sides start from the same relu SAE (d_in 768, L0 about 64 on ordinary rows, trained or, with --synthetic, with
+thresholds set to it) and see the same rows, sinks among them (planted.py says what they are). Peers are called through
+their own classes (peers.py) and get float32 rows; nsae gets float16 rows as from a store and converts them in its step.
+
+| side | objective | update |
+|---|---|---|
+| sae-lens | ‖x̂ − x‖² + β·Σf‖d‖, encodes x − b_dec (its default) | clip 1, torch Adam |
+| sae-lens-bf16 | the same under its `autocast` | |
+| sae-lens-equal | the same without x − b_dec: fewer products, and exactly nsae-equal | |
+| nsae-equal | --decoder free --sparsity l1-decoder-norm --clip 1 | |
+| nsae | ‖x̂ − x‖² + β·Σf, --decoder unit (nsae's default), no clip | |
+| dictionary-learning | its StandardTrainer: the same on x − b_dec | ConstrainedAdam |
+| sparsify-topk | TopK 64, FVU | signum |
+| sae-lens-topk | TopK 64, ‖x̂ − x‖² | clip 1, torch Adam |
+| product-fp32, product-bf16 | x @ W_enc alone, no step at all | |
+
+Compared are steps, not results: the TopK sides train another SAE. Equality of nsae-equal and sae-lens-equal is checked
+before anything is timed: after one step from the same weights they may differ by rounding only (agreement.py).
+Learning rates are small (1e-6) while steps are timed, so that L0 stays what it was; that changes no side's work.
+
+Rounds alternate in order, the first is not counted. Rows of data/peers.csv: wall seconds, and CPU seconds of all
+threads, each median, 20th and 80th percentile, and `ratio`: sae-lens' median in the same run divided by this one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import agreement
+import nsae_cli
+import peers
+import planted
+from nsae_side import as_rows, nsae_cell, stepper, weights_of
+from record import append_rows, describe, spread, today
+
+CSV = Path(__file__).parent / "data" / "peers.csv"
+D_IN = 768
+SHAPES = ["6144,4096", "24576,1024", "24576,4096"]
+K = 64
+LR = 1e-6
+CHECK_ROWS, CHECK_LR = 512, 1e-4
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all sides are given."""
+
+    start: planted.Start
+    rows: planted.Planted
+    kernel: str
+    precision: str
+
+    @property
+    def x(self) -> torch.Tensor:
+        """The rows in float32, as peers expect them."""
+        return self.rows.x.float()
+
+
+@dataclass(frozen=True)
+class Side:
+    """A side: its package, what makes it, and what its options mean in a table."""
+
+    package: str
+    make: Callable[[Task], Callable[[], object]]
+    options: str
+
+
+def nsae_side(task: Task, **options: object) -> Callable[[], object]:
+    cell = nsae_cell(
+        task.start.weights,
+        batch_size=len(task.rows.x),
+        beta=task.start.beta,
+        lr=LR,
+        kernel=task.kernel,
+        precision=task.precision,
+        **options,
+    )
+    return stepper(cell, as_rows(task.rows.x))
+
+
+def sae_lens_side(task: Task, **options: object) -> Callable[[], object]:
+    step, _ = peers.sae_lens(task.start.weights, l1=task.start.beta, lr=LR, batch_size=len(task.rows.x), **options)
+    x = task.x
+    return lambda: step(x)
+
+
+def on_rows(step: peers.Step, task: Task) -> Callable[[], object]:
+    x = task.x
+    return lambda: step(x)
+
+
+def product(task: Task, dtype: torch.dtype) -> Callable[[], object]:
+    x, W_enc = task.rows.x.to(dtype), task.start.weights.W_enc.to(dtype)
+    return lambda: x @ W_enc
+
+
+EQUAL = {"decoder": "free", "sparsity": "l1-decoder-norm", "clip": 1.0}
+SIDES = {
+    "sae-lens": Side("sae-lens", sae_lens_side, "standard fp32"),
+    "sae-lens-bf16": Side("sae-lens", lambda task: sae_lens_side(task, autocast=True), "standard autocast"),
+    "sae-lens-equal": Side(
+        "sae-lens", lambda task: sae_lens_side(task, centre=False), "standard fp32 apply_b_dec_to_input=False"
+    ),
+    "nsae-equal": Side("nsae", lambda task: nsae_side(task, **EQUAL), "relu free l1-decoder-norm clip 1"),
+    "nsae": Side("nsae", nsae_side, "relu unit l1"),
+    "dictionary-learning": Side(
+        "dictionary-learning",
+        lambda task: on_rows(peers.dictionary_learning(task.start.weights, l1=task.start.beta, lr=LR), task),
+        "StandardTrainer",
+    ),
+    "sparsify-topk": Side(
+        "eai-sparsify", lambda task: on_rows(peers.sparsify(task.start.weights, k=K, lr=LR), task), "topk 64 signum"
+    ),
+    "sae-lens-topk": Side("sae-lens", lambda task: sae_lens_side(task, k=K), "topk 64 fp32"),
+    "product-fp32": Side("torch", lambda task: product(task, torch.float32), "x @ W_enc"),
+    "product-bf16": Side("torch", lambda task: product(task, torch.bfloat16), "x @ W_enc"),
+}
+
+
+def check_equality(task: Task) -> None:
+    """One step of nsae-equal and of sae-lens-equal from the same weights on the same rows."""
+    start = task.start.weights
+    x = task.rows.x[:CHECK_ROWS]
+    x = x[agreement.safe_rows(start, x)]
+    exact = agreement.exact_step(start, x, task.start.beta, clip=1.0)
+    cell = nsae_cell(
+        start,
+        batch_size=len(x),
+        beta=task.start.beta,
+        lr=CHECK_LR,
+        kernel=task.kernel,
+        precision=task.precision,
+        **EQUAL,
+    )
+    cell.train_step(as_rows(x), 0)
+    step, trainer = peers.sae_lens(start, l1=task.start.beta, lr=CHECK_LR, batch_size=len(x), centre=False)
+    step(x.float())
+    theirs = type(start)(*(getattr(trainer.sae, name).detach() for name in start.named()))
+    line = agreement.check(start, weights_of(cell), theirs, exact, CHECK_LR)
+    print(f"  {len(x)} of {CHECK_ROWS} rows, {line}", flush=True)
+
+
+def measure(task: Task, names: list[str], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Wall and CPU seconds of each side's steps, in rounds that alternate in order."""
+    steps = {name: SIDES[name].make(task) for name in names}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for number in range(rounds + 1):
+        for name in names if number % 2 else reversed(names):
+            gc.collect()
+            wall, cpu = time.perf_counter(), time.process_time()
+            steps[name]()
+            if task.start.weights.b_enc.device.type == "cuda":
+                torch.cuda.synchronize()
+            if number:
+                seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return seconds
+
+
+def table(task: Task, seconds: dict[str, list[tuple[float, float]]]) -> list[dict[str, object]]:
+    """A row per side."""
+    l0, l0_ns, l0_sink = planted.measure_l0(task.start.weights, task.rows)
+    base = [spread([pair[clock] for pair in seconds["sae-lens"]])[0] for clock in (0, 1)]
+    rows = []
+    for name, pairs in seconds.items():
+        wall, cpu = (spread([pair[clock] for pair in pairs]) for clock in (0, 1))
+        side = SIDES[name]
+        is_nsae = side.package == "nsae"
+        rows.append(
+            {
+                "date": today(),
+                "device": describe(task.start.weights.b_enc.device),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "nsae": nsae_cli.__version__,
+                "package": side.package,
+                "version": nsae_cli.__version__ if is_nsae else peers.version(side.package),
+                "d_in": D_IN,
+                "d_sae": task.start.weights.b_enc.shape[0],
+                "batch": len(task.rows.x),
+                "start": task.start.kind,
+                "l0": f"{l0:.1f}",
+                "l0_ns": f"{l0_ns:.1f}",
+                "l0_sink": f"{l0_sink:.0f}",
+                "side": name,
+                "options": side.options + (f" kernel {task.kernel} {task.precision}" if is_nsae else ""),
+                "rounds": len(pairs),
+                **{f"wall_{key}": f"{value:.5f}" for key, value in zip(("median", "p20", "p80"), wall, strict=True)},
+                **{f"cpu_{key}": f"{value:.5f}" for key, value in zip(("median", "p20", "p80"), cpu, strict=True)},
+                "ratio_wall": f"{base[0] / wall[0]:.3f}",
+                "ratio_cpu": f"{base[1] / cpu[0]:.3f}",
+            }
+        )
+    return rows
+
+
+def show(rows: list[dict[str, object]]) -> None:
+    """Prints the table, and each step in units of the two bare products."""
+    products = {row["side"]: float(str(row["cpu_median"])) for row in rows if str(row["side"]).startswith("product")}
+    print(
+        f"  {'side':20} {'wall ms':>9} {'CPU ms':>9} {'sae-lens / it: wall':>20} {'CPU':>7}   CPU / product fp32, bf16"
+    )
+    for row in rows:
+        wall, cpu = float(str(row["wall_median"])), float(str(row["cpu_median"]))
+        units = "  ".join(
+            f"{cpu / products[name]:8.2f}" for name in ("product-fp32", "product-bf16") if name in products
+        )
+        print(
+            f"  {row['side']:20} {wall * 1e3:9,.0f} {cpu * 1e3:9,.0f} {row['ratio_wall']:>20} {row['ratio_cpu']:>7}"
+            f"   {units}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Measures, prints and records."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", action="append", help="d_sae,batch; may be repeated")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--sides", help=f"commas between some of: {', '.join(SIDES)}; sae-lens is always among them")
+    parser.add_argument("--synthetic", action="store_true", help="set thresholds instead of training an SAE first")
+    parser.add_argument("--train-steps", type=int, default=600, help="of the SAE that the steps start from")
+    parser.add_argument("--kernel", default="auto", help="of nsae's step")
+    parser.add_argument("--precision", default="fp32", help="of nsae's step")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    names = args.sides.split(",") if args.sides else list(SIDES)
+    if unknown := set(names) - set(SIDES):
+        parser.error(f"--sides: {', '.join(sorted(unknown))} not among {', '.join(SIDES)}")
+    if "sae-lens" not in names:
+        names.insert(0, "sae-lens")
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    for shape in args.shape or SHAPES:
+        d_sae, batch = map(int, shape.split(","))
+        training = planted.planted_rows(D_IN, d_sae, planted.TRAINING_ROWS, seed=0)
+        start = planted.make_start(D_IN, d_sae, training, synthetic=args.synthetic, steps=args.train_steps)
+        del training
+        timed = planted.planted_rows(D_IN, d_sae, batch, seed=1)
+        task = Task(start.to(device), timed.to(device), args.kernel, args.precision)
+        l0, l0_ns, l0_sink = planted.measure_l0(task.start.weights, task.rows)
+        print(
+            f"d_sae {d_sae}, batch {batch}, {start.kind}: L0 {l0:.1f}, ordinary {l0_ns:.1f}, sinks {l0_sink:.0f}",
+            flush=True,
+        )
+        if "nsae-equal" in names and device.type == "cpu":
+            check_equality(task)
+        result = table(task, measure(task, names, args.rounds))
+        append_rows(CSV, result)
+        show(result)
+
+
+if __name__ == "__main__":
+    main()
