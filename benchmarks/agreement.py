@@ -102,8 +102,8 @@ def check(start: Weights, ours: Weights, theirs: Weights, exact: Exact, lr: floa
         entries += int((g > 0).sum())
     line = (
         f"one step from the same weights: largest difference of a weight {largest:.2e} = {largest / lr:.1e} lr, "
-        f""
-        f"at most {worst:.3f} of what rounding allows, which is below 0.01 lr for {sharp / entries:.1%} of those that move"
+        f"at most {worst:.3f} of what rounding allows, which is below 0.01 lr for {sharp / entries:.1%} of the weights "
+        "that move"
     )
     if not worst <= 1:
         raise SystemExit(f"nsae and sae-lens do not take the same step: {line}")
