@@ -19,6 +19,7 @@ def nsae_cell(
     *,
     batch_size: int,
     beta: float,
+    input_scale: float = 1.0,
     kernel: str = "auto",
     precision: str = "fp32",
     steps: int = 10**7,
@@ -31,7 +32,8 @@ def nsae_cell(
     Args:
         weights: where training starts, on the device it runs on.
         batch_size: rows per step.
-        beta: coefficient of the sparsity penalty; there is no input scale.
+        beta: coefficient of the sparsity penalty in the units of `weights`, which are the scaled ones.
+        input_scale: what raw rows are multiplied by.
         kernel: of the training step (``auto``, ``dense``, …).
         precision: of the kernel's products. There is one so far: ``fp32`` (bf16 products on CUDA).
         steps: of the whole run, for the schedules.
@@ -52,7 +54,7 @@ def nsae_cell(
         **lists,
     )
     [config] = expand_cells(given, ["blocks.0.hook_resid_post"], weights.b_dec.shape[0], 10**6).values()
-    objective = Objective("relu", 0, 0, config.sparsity, beta=beta, input_scale=1.0)
+    objective = Objective("relu", 0, 0, config.sparsity, beta=beta / input_scale, input_scale=input_scale)
     return Cell(config, objective, weights.to(torch.float32), choice)
 
 
@@ -76,6 +78,6 @@ def stepper(cell: Cell, rows: HookRows) -> Callable[[], float]:
         nonlocal taken
         log = cell.train_step(rows, taken)
         taken += 1
-        return float((log.result.sq_error + cell.objective.beta * log.result.penalty).mean())
+        return float((log.result.sq_error + cell.objective.beta_scaled * log.result.penalty).mean())
 
     return step
