@@ -11,7 +11,9 @@ rounding can switch the feature (|z| within the same bound) are left out: a step
 
 Weights. Adam's first step moves a weight by lr·g/(|g| + ε), whose slope is ε/(|g| + ε)²; with |Δg| ≤ t the two moves
 differ by at most lr·min(2, t·ε/(max(|g| − t, 0) + ε)²). The clipping factor c scales g and t and adds t_c·|g|, its own
-relative error, bounded by that of the norm. Roundings of Adam's arithmetic add 16·u·lr, storing a weight 2·u·|w|.
+relative error, bounded by that of the norm. Roundings of Adam's arithmetic add 16·u·lr. Storing a weight adds
+2·u·|w|, one unit in its last place: somewhere among millions of weights the two sides round to neighbours, so that the
+largest share of the allowed difference is always near 1.
 """
 
 from __future__ import annotations

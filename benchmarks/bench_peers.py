@@ -13,13 +13,15 @@ their own classes (peers.py) and get float32 rows; nsae gets float16 rows as fro
 |---|---|---|
 | sae-lens | ‖x̂ − x‖² + β·Σf‖d‖, encodes x − b_dec (its default) | clip 1, torch Adam |
 | sae-lens-bf16 | the same under its `autocast` | |
-| sae-lens-equal | the same without x − b_dec: fewer products, and exactly nsae-equal | |
+| sae-lens-equal | the same with `apply_b_dec_to_input=False`: exactly nsae-equal | |
 | nsae-equal | --decoder free --sparsity l1-decoder-norm --clip 1 | |
 | nsae | ‖x̂ − x‖² + β·Σf, --decoder unit (nsae's default), no clip | |
 | dictionary-learning | its StandardTrainer: the same on x − b_dec | ConstrainedAdam |
 | sparsify-topk | TopK 64, FVU | signum |
 | sae-lens-topk | TopK 64, ‖x̂ − x‖² | clip 1, torch Adam |
 | product-fp32, product-bf16 | x @ W_enc alone, no step at all | |
+
+sae-lens-equal does not subtract b_dec but 0 · b_dec, so it forms the same six matrix products as sae-lens.
 
 Compared are steps, not results: the TopK sides train another SAE. Equality of nsae-equal and sae-lens-equal is checked
 before anything is timed: after one step from the same weights they may differ by rounding only (agreement.py).

@@ -9,9 +9,9 @@ model's activations hold little that is sparse: this compares the time of a run,
 
 Both sides begin with the same weights (nsae's initialisation), see the same rows in the same order and minimise the
 same function with the same optimizer: relu, free decoder, ‖x̂ − x‖² + β·Σf‖d‖, Adam, gradient norm clipped to 1, equal
-warm-ups of learning rate and β, equal decay; SAELens with `apply_b_dec_to_input=False`, which spares it a matrix
-product. Its β starts its warm-up one step earlier than by itself, to fall on nsae's. Learning rate and β of every step
-are compared while it runs. `sae-lens-bf16` is the same under its `autocast`.
+warm-ups of learning rate and β, equal decay; SAELens with `apply_b_dec_to_input=False` (no faster than its default).
+Its β starts its warm-up one step earlier than by itself, to fall on nsae's. Learning rate and β of every step are
+compared while it runs. `sae-lens-bf16` is the same under its `autocast`.
 
 Timed is training alone: steps by the wall clock and in CPU seconds of all threads. Not timed: collecting, reading and
 shuffling (the same for all), evaluating, and the peers' conversion to scaled float32 rows; nsae converts in its step.
