@@ -46,7 +46,8 @@ import agreement
 import nsae_cli
 import peers
 import planted
-from nsae_side import as_rows, nsae_cell, stepper, weights_of
+from nsae_cli.kernels.types import Weights
+from nsae_side import as_rows, first_moments_of, nsae_cell, stepper, weights_of
 from record import append_rows, describe, spread, today
 
 CSV = Path(__file__).parent / "data" / "peers.csv"
@@ -55,6 +56,7 @@ SHAPES = ["6144,4096", "24576,1024", "24576,4096"]
 K = 64
 LR = 1e-6
 CHECK_ROWS, CHECK_LR = 512, 1e-4
+ADAM_BETA1 = 0.9
 
 
 @dataclass(frozen=True)
@@ -151,9 +153,14 @@ def check_equality(task: Task) -> None:
     cell.train_step(as_rows(x), 0)
     step, trainer = peers.sae_lens(start, l1=task.start.beta, lr=CHECK_LR, batch_size=len(x), centre=False)
     step(x.float())
-    theirs = type(start)(*(getattr(trainer.sae, name).detach() for name in start.named()))
-    line = agreement.check(start, weights_of(cell), theirs, exact, CHECK_LR)
-    print(f"  {len(x)} of {CHECK_ROWS} rows, {line}", flush=True)
+    sae, moments = trainer.sae, trainer.optimizer.state
+    theirs = agreement.Taken(
+        Weights(*(getattr(sae, name).detach() for name in start.named())),
+        {name: moments[getattr(sae, name)]["exp_avg"] / (1 - ADAM_BETA1) for name in start.named()},
+    )
+    ours = agreement.Taken(weights_of(cell), {n: m / (1 - ADAM_BETA1) for n, m in first_moments_of(cell).items()})
+    line = agreement.check(start, ours, theirs, exact, CHECK_LR)
+    print(f"  {len(x)} of {CHECK_ROWS} rows: {line}", flush=True)
 
 
 def measure(task: Task, names: list[str], rounds: int) -> dict[str, list[tuple[float, float]]]:

@@ -63,6 +63,12 @@ def weights_of(cell: Cell) -> Weights:
     return cell.weights
 
 
+def first_moments_of(cell: Cell) -> dict[str, torch.Tensor]:
+    """Adam's first moment of each parameter, by its name."""
+    prefix = "exp_avg/"
+    return {name.removeprefix(prefix): value for name, value in cell.adam.state().items() if name.startswith(prefix)}
+
+
 def as_rows(x: torch.Tensor) -> HookRows:
     """Rows [B, d] as a store delivers them: with norms, none of them zero."""
     norm = torch.linalg.vector_norm(x.float(), dim=1)
