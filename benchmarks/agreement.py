@@ -137,8 +137,8 @@ def check(start: Weights, ours: Taken, theirs: Taken, exact: Exact, lr: float) -
     tightness = math.sqrt(sum(float(t.square().sum()) for t in exact.tolerance.values()) / size)
     line = (
         f"gradients differ by {math.sqrt(relative / size):.1e} of their norm (allowed {tightness:.1e}), an entry by at "
-        f"most {worst['gradient']:.2f} of what rounding allows; weights after the step by at most {largest / lr:.1e} lr, "
-        f"{worst['weight']:.2f} of what it allows"
+        f"most {worst['gradient']:.2f} of what rounding allows; weights after the step by at most "
+        f"{largest / lr:.1e} lr, {worst['weight']:.2f} of what it allows"
     )
     if not (worst["gradient"] <= 1 and worst["weight"] <= 1):
         raise SystemExit(f"nsae and sae-lens do not take the same step: {line}")

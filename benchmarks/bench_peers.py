@@ -139,6 +139,7 @@ def check_equality(task: Task) -> None:
     """One step of nsae-equal and of sae-lens-equal from the same weights on the same rows."""
     start = task.start.weights
     x = task.rows.x[:CHECK_ROWS]
+    tried = len(x)
     x = x[agreement.safe_rows(start, x)]
     exact = agreement.exact_step(start, x, task.start.beta, clip=1.0)
     cell = nsae_cell(
@@ -160,7 +161,7 @@ def check_equality(task: Task) -> None:
     )
     ours = agreement.Taken(weights_of(cell), {n: m / (1 - ADAM_BETA1) for n, m in first_moments_of(cell).items()})
     line = agreement.check(start, ours, theirs, exact, CHECK_LR)
-    print(f"  {len(x)} of {CHECK_ROWS} rows: {line}", flush=True)
+    print(f"  {len(x)} of {tried} rows: {line}", flush=True)
 
 
 def measure(task: Task, names: list[str], rounds: int) -> dict[str, list[tuple[float, float]]]:
