@@ -37,12 +37,20 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, object]]) -> None:
-    """Appends rows to a CSV file; the first row's keys are the header of a new file."""
+    """Appends rows to a CSV file; the first row's keys are the header of a new file, and have to be an old one's."""
     rows = list(rows)
+    columns = list(rows[0])
     path.parent.mkdir(exist_ok=True)
-    new = not path.exists()
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            header = next(csv.reader(file))
+        if header != columns:
+            raise SystemExit(f"{path} has other columns ({', '.join(header)}); move it away to begin a new one")
+        new = False
+    else:
+        new = True
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, columns)
         if new:
             writer.writeheader()
         writer.writerows(rows)
