@@ -136,22 +136,15 @@ SIDES = {
 
 
 def check_equality(task: Task) -> None:
-    """One step of nsae-equal and of sae-lens-equal from the same weights on the same rows."""
+    """One step of nsae-equal and of sae-lens-equal from the same weights on the same rows.
+
+    With ``--kernel auto`` nsae's dense and its sparse step are checked, since a run uses both.
+    """
     start = task.start.weights
     x = task.rows.x[:CHECK_ROWS]
     tried = len(x)
     x = x[agreement.safe_rows(start, x)]
     exact = agreement.exact_step(start, x, task.start.beta, clip=1.0)
-    cell = nsae_cell(
-        start,
-        batch_size=len(x),
-        beta=task.start.beta,
-        lr=CHECK_LR,
-        kernel=task.kernel,
-        precision=task.precision,
-        **EQUAL,
-    )
-    cell.train_step(as_rows(x), 0)
     step, trainer = peers.sae_lens(start, l1=task.start.beta, lr=CHECK_LR, batch_size=len(x), centre=False)
     step(x.float())
     sae, moments = trainer.sae, trainer.optimizer.state
@@ -159,9 +152,23 @@ def check_equality(task: Task) -> None:
         Weights(*(getattr(sae, name).detach() for name in start.named())),
         {name: moments[getattr(sae, name)]["exp_avg"] / (1 - ADAM_BETA1) for name in start.named()},
     )
-    ours = agreement.Taken(weights_of(cell), {n: m / (1 - ADAM_BETA1) for n, m in first_moments_of(cell).items()})
-    line = agreement.check(start, ours, theirs, exact, CHECK_LR)
-    print(f"  {len(x)} of {tried} rows: {line}", flush=True)
+    checked = (
+        [("dense", "fp32"), ("sparse", task.precision)] if task.kernel == "auto" else [(task.kernel, task.precision)]
+    )
+    for kernel, precision in checked:
+        cell = nsae_cell(
+            start,
+            batch_size=len(x),
+            beta=task.start.beta,
+            lr=CHECK_LR,
+            kernel=kernel,
+            precision=precision,
+            **EQUAL,
+        )
+        cell.train_step(as_rows(x), 0)
+        ours = agreement.Taken(weights_of(cell), {n: m / (1 - ADAM_BETA1) for n, m in first_moments_of(cell).items()})
+        line = agreement.check(start, ours, theirs, exact, CHECK_LR)
+        print(f"  {len(x)} of {tried} rows, nsae {cell.kernel.name}: {line}", flush=True)
 
 
 def measure(task: Task, names: list[str], rounds: int) -> dict[str, list[tuple[float, float]]]:
@@ -245,7 +252,7 @@ def main() -> None:
     parser.add_argument("--synthetic", action="store_true", help="set thresholds instead of training an SAE first")
     parser.add_argument("--train-steps", type=int, default=600, help="of the SAE that the steps start from")
     parser.add_argument("--kernel", default="auto", help="of nsae's step")
-    parser.add_argument("--precision", default="fp32", help="of nsae's step")
+    parser.add_argument("--precision", default="auto", help="of nsae's step")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     names = args.sides.split(",") if args.sides else list(SIDES)

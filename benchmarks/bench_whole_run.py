@@ -306,7 +306,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--sides", default="nsae,sae-lens", help=f"commas between some of: {', '.join(SIDES)}")
     parser.add_argument("--kernel", default="auto", help="of nsae's step")
-    parser.add_argument("--precision", default="fp32", help="of nsae's step")
+    parser.add_argument("--precision", default="auto", help="of nsae's step")
     parser.add_argument(
         "--workspace", type=Path, help="where the rows stay for the next time; a temporary folder if left out"
     )

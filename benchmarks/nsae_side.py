@@ -21,7 +21,7 @@ def nsae_cell(
     beta: float,
     input_scale: float = 1.0,
     kernel: str = "auto",
-    precision: str = "fp32",
+    precision: str = "auto",
     steps: int = 10**7,
     lr_warm_up: float = 0.0,
     alpha_warm_up: float = 0.0,
@@ -35,12 +35,12 @@ def nsae_cell(
         beta: coefficient of the sparsity penalty in the units of `weights`, which are the scaled ones.
         input_scale: what raw rows are multiplied by.
         kernel: of the training step (``auto``, ``dense``, …).
-        precision: of the kernel's products. There is one so far: ``fp32`` (bf16 products on CUDA).
+        precision: of the kernel's products. There is one so far: float32 on the CPU, bfloat16 on CUDA.
         steps: of the whole run, for the schedules.
         lr_warm_up, alpha_warm_up: shares of the steps.
         options: more options of `nsae train`, such as ``decoder``, ``sparsity``, ``clip``, ``lr``.
     """
-    if precision != "fp32":
+    if precision not in ("auto", "fp32"):
         raise SystemExit(f"--precision {precision}: nsae has only fp32 so far")
     choice = choose_step(kernel, weights.b_enc.device)
     lists = {name: [value] for name, value in options.items() if name not in ("clip", "seed")}
@@ -65,8 +65,8 @@ def weights_of(cell: Cell) -> Weights:
 
 def first_moments_of(cell: Cell) -> dict[str, torch.Tensor]:
     """Adam's first moment of each parameter, by its name."""
-    prefix = "exp_avg/"
-    return {name.removeprefix(prefix): value for name, value in cell.adam.state().items() if name.startswith(prefix)}
+    prefix = "adam/exp_avg/"
+    return {name.removeprefix(prefix): value for name, value in cell.state().items() if name.startswith(prefix)}
 
 
 def as_rows(x: torch.Tensor) -> HookRows:
