@@ -75,15 +75,23 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Run:
+    """A side at work: takes its next step, and names the kernel it took it with, where there are several."""
+
+    step: Callable[[], object]
+    kernel: Callable[[], str] = lambda: ""
+
+
+@dataclass(frozen=True)
 class Side:
-    """A side: its package, what makes it, and what its options mean in a table."""
+    """A side: its package, what sets it to work, and its options for the table."""
 
     package: str
-    make: Callable[[Task], Callable[[], object]]
+    make: Callable[[Task], Run]
     options: str
 
 
-def nsae_side(task: Task, **options: object) -> Callable[[], object]:
+def nsae_side(task: Task, **options: object) -> Run:
     cell = nsae_cell(
         task.start.weights,
         batch_size=len(task.rows.x),
@@ -93,23 +101,22 @@ def nsae_side(task: Task, **options: object) -> Callable[[], object]:
         precision=task.precision,
         **options,
     )
-    return stepper(cell, as_rows(task.rows.x))
+    return Run(stepper(cell, as_rows(task.rows.x)), lambda: cell.kernel.name)
 
 
-def sae_lens_side(task: Task, **options: object) -> Callable[[], object]:
+def sae_lens_side(task: Task, **options: object) -> Run:
     step, _ = peers.sae_lens(task.start.weights, l1=task.start.beta, lr=LR, batch_size=len(task.rows.x), **options)
+    return on_rows(step, task)
+
+
+def on_rows(step: peers.Step, task: Task) -> Run:
     x = task.x
-    return lambda: step(x)
+    return Run(lambda: step(x))
 
 
-def on_rows(step: peers.Step, task: Task) -> Callable[[], object]:
-    x = task.x
-    return lambda: step(x)
-
-
-def product(task: Task, dtype: torch.dtype) -> Callable[[], object]:
+def product(task: Task, dtype: torch.dtype) -> Run:
     x, W_enc = task.rows.x.to(dtype), task.start.weights.W_enc.to(dtype)
-    return lambda: x @ W_enc
+    return Run(lambda: x @ W_enc)
 
 
 EQUAL = {"decoder": "free", "sparsity": "l1-decoder-norm", "clip": 1.0}
@@ -171,31 +178,42 @@ def check_equality(task: Task) -> None:
         print(f"  {len(x)} of {tried} rows, nsae {cell.kernel.name}: {line}", flush=True)
 
 
-def measure(task: Task, names: list[str], rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Wall and CPU seconds of each side's steps, in rounds that alternate in order."""
-    steps = {name: SIDES[name].make(task) for name in names}
+@dataclass(frozen=True)
+class Timed:
+    """A side's rounds: wall and CPU seconds of each, and the kernel of the last."""
+
+    seconds: list[tuple[float, float]]
+    kernel: str
+
+    def spread(self, clock: int) -> tuple[float, float, float]:
+        """Median, 20th and 80th percentile by the wall clock (0) or in CPU seconds (1)."""
+        return spread([pair[clock] for pair in self.seconds])
+
+
+def measure(task: Task, names: list[str], rounds: int) -> dict[str, Timed]:
+    """Times each side's steps, in rounds that alternate in order."""
+    runs = {name: SIDES[name].make(task) for name in names}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for number in range(rounds + 1):
         for name in names if number % 2 else reversed(names):
             gc.collect()
             wall, cpu = time.perf_counter(), time.process_time()
-            steps[name]()
+            runs[name].step()
             if task.start.weights.b_enc.device.type == "cuda":
                 torch.cuda.synchronize()
             if number:
                 seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-    return seconds
+    return {name: Timed(seconds[name], run.kernel()) for name, run in runs.items()}
 
 
-def table(task: Task, seconds: dict[str, list[tuple[float, float]]]) -> list[dict[str, object]]:
+def table(task: Task, timed: dict[str, Timed]) -> list[dict[str, object]]:
     """A row per side."""
     l0, l0_ns, l0_sink = planted.measure_l0(task.start.weights, task.rows)
-    base = [spread([pair[clock] for pair in seconds["sae-lens"]])[0] for clock in (0, 1)]
+    base = [timed["sae-lens"].spread(clock)[0] for clock in (0, 1)]
     rows = []
-    for name, pairs in seconds.items():
-        wall, cpu = (spread([pair[clock] for pair in pairs]) for clock in (0, 1))
+    for name, side_timed in timed.items():
+        wall, cpu = (side_timed.spread(clock) for clock in (0, 1))
         side = SIDES[name]
-        is_nsae = side.package == "nsae"
         rows.append(
             {
                 "date": today(),
@@ -204,7 +222,7 @@ def table(task: Task, seconds: dict[str, list[tuple[float, float]]]) -> list[dic
                 "torch": torch.__version__,
                 "nsae": nsae_cli.__version__,
                 "package": side.package,
-                "version": nsae_cli.__version__ if is_nsae else peers.version(side.package),
+                "version": nsae_cli.__version__ if side.package == "nsae" else peers.version(side.package),
                 "d_in": D_IN,
                 "d_sae": task.start.weights.b_enc.shape[0],
                 "batch": len(task.rows.x),
@@ -213,8 +231,9 @@ def table(task: Task, seconds: dict[str, list[tuple[float, float]]]) -> list[dic
                 "l0_ns": f"{l0_ns:.1f}",
                 "l0_sink": f"{l0_sink:.0f}",
                 "side": name,
-                "options": side.options + (f" kernel {task.kernel} {task.precision}" if is_nsae else ""),
-                "rounds": len(pairs),
+                "options": side.options,
+                "kernel": side_timed.kernel,
+                "rounds": len(side_timed.seconds),
                 **{f"wall_{key}": f"{value:.5f}" for key, value in zip(("median", "p20", "p80"), wall, strict=True)},
                 **{f"cpu_{key}": f"{value:.5f}" for key, value in zip(("median", "p20", "p80"), cpu, strict=True)},
                 "ratio_wall": f"{base[0] / wall[0]:.3f}",
@@ -237,7 +256,7 @@ def show(rows: list[dict[str, object]]) -> None:
         )
         print(
             f"  {row['side']:20} {wall * 1e3:9,.0f} {cpu * 1e3:9,.0f} {row['ratio_wall']:>20} {row['ratio_cpu']:>7}"
-            f"   {units}",
+            f"   {units}  {row['kernel']}",
             flush=True,
         )
 
