@@ -7,6 +7,7 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
 PIP_ARGS ?=
 BIN := .venv/bin
+NATIVE := $(wildcard src/nsae_cli/kernels/native/*.c src/nsae_cli/kernels/native/*.h)
 BENCH := .venv-bench/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 BENCH_INSTALL := $(BENCH)/python -m pip install --quiet --disable-pip-version-check \
@@ -25,12 +26,12 @@ lint: .venv/test.stamp
 	$(BIN)/ruff format --check src tests benchmarks experiments
 	$(BIN)/mypy
 
-.venv/demo.stamp: pyproject.toml constraints.txt | .venv/bin/python
+.venv/demo.stamp: pyproject.toml constraints.txt $(NATIVE) | .venv/bin/python
 	@echo "installing nsae and its dependencies into .venv (several minutes the first time)"
 	$(INSTALL) --editable .
 	@touch $@
 
-.venv/test.stamp: pyproject.toml constraints.txt | .venv/bin/python
+.venv/test.stamp: pyproject.toml constraints.txt $(NATIVE) | .venv/bin/python
 	@echo "installing nsae, its dependencies and the test tools into .venv (several minutes the first time)"
 	$(INSTALL) --editable '.[dev]'
 	@touch $@
@@ -43,6 +44,7 @@ bench-setup: .venv-bench/peers.stamp
 
 bench: .venv-bench/peers.stamp
 	$(BENCH)/python benchmarks/bench_train_step.py
+	$(BENCH)/python benchmarks/bench_sparse_ops.py
 	$(BENCH)/python benchmarks/bench_memory.py
 	$(BENCH)/python benchmarks/bench_collect.py
 	$(BENCH)/python benchmarks/bench_collect_peers.py
@@ -50,10 +52,10 @@ bench: .venv-bench/peers.stamp
 	$(BENCH)/python benchmarks/bench_whole_run.py
 
 # torch first and alone: a CPU build that PIP_ARGS names then satisfies everybody else.
-.venv-bench/peers.stamp: pyproject.toml benchmarks/constraints-peers.txt | .venv-bench/bin/python
+.venv-bench/peers.stamp: pyproject.toml benchmarks/constraints-peers.txt $(NATIVE) | .venv-bench/bin/python
 	@echo "installing nsae and the packages it is compared with into .venv-bench (several minutes the first time)"
 	$(BENCH_INSTALL) torch
-	$(BENCH_INSTALL) --editable . sae-lens transformer-lens natsort schedulefree
+	$(BENCH_INSTALL) --editable . sae-lens transformer-lens natsort schedulefree numba
 	$(BENCH_INSTALL) --no-deps eai-sparsify dictionary-learning
 	@touch $@
 
