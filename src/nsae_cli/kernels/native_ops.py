@@ -70,10 +70,12 @@ class NativeOps:
     Args:
         library: the compiled loops.
         certified: encode in bfloat16 with the bound of `certified`, else in float32.
+        chunk: columns that the gradients are gathered in at a time, a multiple of 64; None chooses by size.
     """
 
-    def __init__(self, library: NativeLibrary, certified: bool) -> None:
+    def __init__(self, library: NativeLibrary, certified: bool, chunk: int | None = None) -> None:
         self._library = library
+        self._chunk = chunk
         self._shadow = EncoderShadow(library) if certified else None
         self.name = f"native {library.isa}{', certified bf16 encoder' if certified else ', fp32 encoder'}"
         #: Entries that were evaluated in float32, and entries that were active, since the start (certified only).
@@ -173,7 +175,7 @@ class NativeOps:
     ) -> None:
         """See `SparseOps.gradients`."""
         B, d = x.shape
-        chunk = _chunk(columns, x)
+        chunk = self._chunk or _chunk(columns, x)
         x_packed, error_packed = self._packed("x", x, chunk), self._packed("error", error, chunk)
         grad_enc = _feature_major(gradients.W_enc)
 
@@ -208,7 +210,7 @@ class NativeOps:
             lr: learning rate.
         """
         B, d = x.shape
-        chunk = _chunk(columns, x)
+        chunk = self._chunk or _chunk(columns, x)
         x_packed, error_packed = self._packed("x", x, chunk), self._packed("error", error, chunk)
         encoder = _feature_major(weights.W_enc)
         first_moment, second_moment = adam.moments()
@@ -241,7 +243,7 @@ class NativeOps:
     def _packed(self, name: str, rows: torch.Tensor, chunk: int) -> torch.Tensor:
         B, d = rows.shape
         if chunk == d:
-            return rows
+            return rows  # packed as they are
         chunks = -(-d // chunk)
         packed = scratch.buffer(f"packed {name}", chunks * B, chunk, torch.float32)
 
