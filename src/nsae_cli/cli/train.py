@@ -87,12 +87,14 @@ def command(
     from nsae_cli.store.shards import open_activations
     from nsae_cli.training.loop import train
     from nsae_cli.training.options import TrainOptions
+    from nsae_cli.training.source import StoreSource
     from nsae_cli.values import validate_options
 
     session = session_of(context)
     options = validate_options(TrainOptions, given(context, without=("activations", "name")))
     [store] = session.choose(Kind.ACTIVATIONS, activations)
-    result = train(options, open_activations(store.path), session.workspace, name, session.reporter)
+    source = StoreSource(open_activations(store.path), options)
+    result = train(options, source, session.workspace, name, session.reporter)
     session.say_where(result.artifacts, result.already_complete)
 
     def show() -> RenderableType:

@@ -18,6 +18,7 @@ from nsae_cli.store.shards import ActivationStore, open_activations
 from nsae_cli.store.workspace import Artifact, Kind, Workspace
 from nsae_cli.training.loop import train
 from nsae_cli.training.options import TrainOptions
+from nsae_cli.training.source import StoreSource
 
 
 @dataclass
@@ -97,7 +98,8 @@ def _norms(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Repo
 
 
 def _train(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:
-    result = train(stage.options, _store(inputs[0], workspace), workspace, stage.name, reporter)
+    source = StoreSource(_store(inputs[0], workspace), stage.options)
+    result = train(stage.options, source, workspace, stage.name, reporter)
     return StageResult("train", result.artifacts, result.runs, [], result.already_complete)
 
 
