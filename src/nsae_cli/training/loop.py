@@ -159,8 +159,8 @@ class _Loop:
         self._plan, self._cells, self._streams = plan, cells, streams
         self._device, self._pool, self._clock, self._reporter = device, pool, clock, reporter
         self._logs: dict[str, MetricsLog] = {}
-        #: State of each stream before the step in hand; a stream that is stopped may have run ahead of it.
-        self._stream_states: dict[StreamKey, dict[str, torch.Tensor]] = {}
+        #: For each cell the state of its stream before the step in hand: one that is stopped may have run ahead of it.
+        self._stream_states: dict[str, dict[str, torch.Tensor]] = {}
 
     def restore(self) -> int:
         """Loads the last intact checkpoint, else initialises the cells; returns the number of steps done."""
@@ -218,7 +218,9 @@ class _Loop:
         return taken
 
     def _note_stream_states(self) -> None:
-        self._stream_states = {key: stream.state() for key, stream in self._streams.items()}
+        self._stream_states = {
+            name: self._streams[stream_key(cell.config)].state() for name, cell in self._cells.items()
+        }
 
     def _step(self, taken: dict[StreamKey, Batch], step: int, log_now: bool, task: Task) -> None:
         def advance(name: str) -> dict[str, Any] | None:
@@ -241,7 +243,7 @@ class _Loop:
     def _save(self, step: int) -> None:
         self._plan.checkpoints.save(
             step,
-            {name: cell.state() | self._stream_states[stream_key(cell.config)] for name, cell in self._cells.items()},
+            {name: cell.state() | self._stream_states[name] for name, cell in self._cells.items()},
             {name: log.content() for name, log in self._logs.items()},
         )
 
