@@ -28,11 +28,20 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_no_activations_are_written(live: Path) -> None:
-    assert [path.name for path in live.iterdir() if path.is_dir()] == ["saes"]
+    assert not (live / "activations").exists()
     assert "pilot: the first 7,168 rows of builtin" in (live / "err").read_text()
     out = (live / "out").read_text()
     assert "mini-sink on builtin, live" in out
     assert "context 128, packed" in out
+
+
+def test_the_other_commands_know_what_it_was_trained_on(live: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captions: list[str] = []
+    monkeypatch.setattr("nsae_cli.analysis.plots.training_curves", lambda _, caption: captions.append(caption))
+    monkeypatch.setattr("nsae_cli.analysis.plots.save_png", lambda _, path: None)
+    assert nsae("--workspace", live, "plot", "training").code == 0
+    assert captions[0].startswith("mini-sink on builtin, live, context 128")
+    assert "blocks.2.hook_resid_post, 48 features" in nsae("--workspace", live, "list").out
 
 
 def test_run_again_it_is_already_complete(live: Path) -> None:

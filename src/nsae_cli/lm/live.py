@@ -260,7 +260,9 @@ class LiveSource:
         assert self._pilot is not None, "prepare comes first"
         key = profiles[0].hook if drop_sinks else None
         if key not in self._groups:
-            self._groups[key] = _Group(self, profiles, batch_size, drop_sinks, self._pilot, self._reporter)
+            # One of them is enough to say that the corpus begins again.
+            reporter = SilentReporter() if self._groups else self._reporter
+            self._groups[key] = _Group(self, profiles, batch_size, drop_sinks, self._pilot, reporter)
             if len(self._groups) > 1:
                 self._reporter.note(f"--sinks drop at {key}: rows come from a further pass of the model")
         return LiveStream(self._groups[key], seed)
@@ -442,6 +444,7 @@ class _Group:
         self._steps: Iterator[dict[tuple[int, str], HookRows]] | None = None
         self._taken = 0
         self._latest: dict[tuple[int, str], HookRows] = {}
+        self._said = False
 
     def batch(self, number: int, seed: int) -> Batch:
         """The `number`-th batch from where the group began, of one seed. Seeds take turns: no number is skipped."""
@@ -482,14 +485,13 @@ class _Group:
             planned = self._windows.window(number)
             if planned is None:
                 epoch, number = epoch + 1, 0
-                self._reporter.note(f"the corpus has ended: epoch {epoch + 1} begins, rows come again in another order")
+                self._say_that_rows_come_again(epoch)
         if self._window is None or self._window.number != number:
             planned = planned or self._windows.window(number)
             assert planned is not None, "a corpus that made a pilot makes it again"
             # The old window's memory is free before the new one is filled.
             self._window, self._rows, self._latest = None, {}, {}
             self._window = self._source.harvest(planned)
-            self.buffer_bytes = max(self.buffer_bytes, self._window.bytes)
         window = self._window
         if not self._rows:
             self._rows = {profile.hook: window.rows(profile) for profile in self._profiles}
@@ -502,6 +504,14 @@ class _Group:
             order = torch.randperm(len(keep), generator=generator)
             self._orders[seed] = order[keep[order]].to(next(iter(window.x.values())).device)
         return epoch, number
+
+    def _say_that_rows_come_again(self, epoch: int) -> None:
+        if not self._said:
+            self._reporter.note(
+                f"the corpus has ended: epoch {epoch + 1} begins; its rows come again in another order, "
+                f"as in every epoch that may follow"
+            )
+        self._said = True
 
     def _take(self, part: slice) -> dict[tuple[int, str], HookRows]:
         return {(seed, hook): rows for seed in self.seeds for hook, rows in self._take_of(seed, part).items()}

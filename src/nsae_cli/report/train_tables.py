@@ -68,7 +68,7 @@ def train_table(
         "share of tokens, in the lowest and the highest norm bin and on sinks (1 = every token counts alike)."
     )
     extra = [fmt.source_line(source)] if source is not None else []
-    inputs = list(dict.fromkeys(text for run in runs if (text := _input(run))))
+    inputs = list(dict.fromkeys(text for run in runs if (text := fmt.trained_on(run))))
     tokens = {_value(run, "all", "tokens") for run in runs}
     if len(tokens) == 1 and (held_out := tokens.pop()) is not None:
         extra.insert(0, f"{fmt.count(held_out)} held-out tokens")
@@ -95,15 +95,6 @@ def _usual_decoders(runs: Sequence[Mapping[str, Any]]) -> bool:
     """Whether every decoder is the default of its activation, so that a column would say nothing new."""
     usual = {("relu", "unit"), ("tanh-relu", "free")}
     return set(zip(_option(runs, "act"), _option(runs, "decoder"), strict=True)) <= usual
-
-
-def _input(run: Mapping[str, Any]) -> str | None:
-    """The store, or the model and the corpus that it read."""
-    inputs = run.get("inputs") or {}
-    if model := fmt.artifact_name(inputs.get("model")):
-        return f"{model} on {fmt.artifact_name(inputs.get('corpus')) or fmt.MISSING}, live"
-    store = fmt.artifact_name(inputs.get("activations"))
-    return None if store is None else f"activations {store}"
 
 
 def _option(runs: Sequence[Mapping[str, Any]], key: str) -> list[str]:

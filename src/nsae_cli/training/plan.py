@@ -144,7 +144,7 @@ def _refuse(plan: TrainPlan, inputs: dict[str, Any], cells: Any) -> NoReturn:
     if inputs != plan.source.inputs:
         changes = plan.source.changes_from(inputs)
         how = f"other rows ({changes})" if changes is not None else f"another kind of input, now {plan.source.label}"
-        raise UsageError(f"--name {plan.name} was trained on {how}; choose another --name")
+        raise UsageError(f"--name {plan.name} belongs to {how}; choose another --name")
     old_cells = list(cells.values()) if isinstance(cells, dict) else []
     changes = describe_changes(_spanned(old_cells), _spanned(plan.identity()["cells"].values()))
     raise UsageError(f"--name {plan.name} exists with other options ({changes}); choose another --name")
