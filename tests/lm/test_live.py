@@ -36,11 +36,11 @@ GRID = {"act": "relu,tanh-relu", "layers": "0,2", "sinks": "keep,drop", "seed": 
 
 @pytest.fixture(scope="session")
 def sink_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose position 0 is far longer than the others."""
+    """A model whose position 0 is far longer than the others, in one coordinate: a sink by all three rules."""
     folder = tmp_path_factory.mktemp("models") / "tiny-sink"
     model = build_model()
     with torch.no_grad():
-        model.transformer.wpe.weight[0] *= 60
+        model.transformer.wpe.weight[0, 3] += 3000
     model.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return folder
@@ -187,7 +187,7 @@ def test_one_window_equals_a_store_of_one_shard(
             assert live[name] == stored[name], name
     document = json.loads(live["L0-relu-keep-seed0/run.json"])
     assert document["metrics"]["all"]["tokens"] > 0
-    assert document["sinks"]["total"] > 0
+    assert document["sinks"]["overlap"]["position+norm+massive"] > 0
     rows = open_activations(workspace.root / "activations" / "store").manifest.rows
     assert document["pilot"] == {"rows": rows, "held_out_rows": document["metrics"]["all"]["tokens"]}
 

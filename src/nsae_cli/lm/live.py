@@ -463,8 +463,6 @@ class _Group:
     def go_to(self, position: tuple[int, int, int]) -> None:
         """Begins there instead of at the beginning."""
         self.position = position
-        if position[1] != 0:
-            self._window = None
 
     def _batches(self) -> Iterator[dict[tuple[int, str], HookRows]]:
         keys = [(seed, profile.hook) for seed in self.seeds for profile in self._profiles]
