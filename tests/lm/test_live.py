@@ -354,7 +354,7 @@ def test_one_window_is_in_memory_whatever_the_number_of_tokens(run, monkeypatch,
     def noted(self: LiveSource, *arguments: Any) -> Window:
         window = harvest(self, *arguments)
         windows.append(weakref.ref(window))
-        sizes.append(window.bytes)
+        sizes.append(sum(x.nbytes for x in window.x.values()))
         return window
 
     def watched(self: Harvester, batches: Any) -> Any:

@@ -119,6 +119,13 @@ def command(
             help="Encoder of sparse steps: fp32, or bf16 with a bound that misses no active feature.",
         ),
     ] = "auto",
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES",
+            help="For weights and mixed rows, such as 8G; more SAEs train in waves [default: 80% free].",
+        ),
+    ] = None,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Only deterministic kernels (CUDA).")] = False,
     checkpoint_every: Annotated[str, typer.Option(metavar="TIME|STEPS", help="How often to save a checkpoint.")] = "5m",
     name: Name = None,

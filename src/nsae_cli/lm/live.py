@@ -74,11 +74,6 @@ class Window:
         """Rows that are never trained on, bool [rows]."""
         return self.contexts % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 
-    @property
-    def bytes(self) -> int:
-        """Memory of the vectors."""
-        return sum(x.nbytes for x in self.x.values())
-
     def sinks(self, profile: HookProfile) -> torch.Tensor:
         """Rows that are sinks at the profile's hook, bool [rows]."""
         return profile.flag_rows(self.norms[profile.hook], self.positions, self.massive[profile.hook]).any
@@ -223,6 +218,7 @@ class LiveSource:
             Interrupted: a signal asked to stop.
         """
         self._reporter = reporter
+        self._groups = {}
         planned = self.windows().window(0)
         if planned is None:
             self._refuse_empty()
@@ -266,6 +262,11 @@ class LiveSource:
             if len(self._groups) > 1:
                 self._reporter.note(f"--sinks drop at {key}: rows come from a further pass of the model")
         return LiveStream(self._groups[key], seed)
+
+    def mixed_bytes(self, streams: Mapping[tuple[int, str | None], int]) -> int:
+        """Memory of the windows: one for all seeds, and one for each hook whose sinks are dropped, of all hooks."""
+        window = self._pilot_rows * self.d_in * DTYPE_NAMES[self._resolved.dtype].itemsize * len(self.hooks)
+        return window * len({dropped for _, dropped in streams})
 
     def windows(self) -> ContextWindows:
         """The corpus's windows, from its beginning."""
@@ -435,7 +436,6 @@ class _Group:
         self._batch_size, self._drop_sinks = batch_size, drop_sinks
         self._window: Window | None = pilot
         self._windows = source.windows()
-        self.buffer_bytes = pilot.bytes
         self.seeds: list[int] = []
         #: Epoch, window, and how many rows of the window are used up.
         self.position = (0, 0, 0)
@@ -525,11 +525,6 @@ class LiveStream:
     def __init__(self, group: _Group, seed: int) -> None:
         self._group, self._seed = group, seed
         group.seeds.append(seed)
-
-    @property
-    def mixed_bytes(self) -> int:
-        """The window's memory, counted at the first of the streams that share it."""
-        return self._group.buffer_bytes if self._group.seeds[0] == self._seed else 0
 
     def batches(self, first_step: int) -> Iterator[Batch]:
         """Endless batches, from the position that was loaded, else from the beginning."""

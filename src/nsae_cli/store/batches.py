@@ -103,12 +103,6 @@ class BatchStream:
     def __post_init__(self) -> None:
         assert len(self.profiles) == 1 or not self.drop_sinks, "hooks have different sinks, so they cannot share rows"
 
-    @property
-    def mixed_bytes(self) -> int:
-        """Memory of a window's vectors."""
-        manifest = self.store.manifest
-        return len(self.profiles) * min(self.buffer_rows, manifest.rows) * manifest.d_in * manifest.torch_dtype.itemsize
-
     def state(self) -> dict[str, torch.Tensor]:
         """Nothing: the step tells where its batch begins."""
         return {}

@@ -123,6 +123,11 @@ class Checkpoints:
         logs = {cell: state.pop(_LOG).numpy().tobytes() for cell, state in cells.items()}
         return Checkpoint(step, cells, logs)
 
+    def clear(self) -> None:
+        """Removes the checkpoints of a wave of cells that is finished; the run goes on."""
+        for step in self._steps():
+            shutil.rmtree(self.folder / f"step-{step}", ignore_errors=True)
+
     def remove(self) -> None:
         """Removes all checkpoints: the run is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,8 +1,9 @@
-"""`train()`: plan → cells → steps → saved SAEs, and the loop over steps."""
+"""`train()`: plan → waves of cells → steps → saved SAEs."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -11,32 +12,23 @@ from typing import Any
 
 import torch
 
-from nsae_cli import interrupt
 from nsae_cli.device import choose_device, one_thread_if_small
-from nsae_cli.errors import Interrupted, ResourceError
+from nsae_cli.errors import ResourceError
 from nsae_cli.kernels.select import Choice, choose
-from nsae_cli.reporter import Reporter, Task
+from nsae_cli.reporter import Reporter, SilentReporter
 from nsae_cli.store import commit
-from nsae_cli.store.batches import Batch
+from nsae_cli.store.profile import HookProfile
 from nsae_cli.store.sae_folder import FORMAT_VERSION
 from nsae_cli.store.workspace import Artifact, Workspace, log_timing
-from nsae_cli.training.cell import Cell
 from nsae_cli.training.cell_pool import CellPool
 from nsae_cli.training.checkpoint import Checkpoint
 from nsae_cli.training.finish import finish_cell
 from nsae_cli.training.options import TrainOptions
 from nsae_cli.training.plan import GROUP, TrainPlan, find_finished, make_plan
-from nsae_cli.training.records import MetricsLog, log_interval, step_record
-from nsae_cli.training.setup import (
-    StreamKey,
-    describe_run,
-    initialise_cells,
-    make_cells,
-    make_streams,
-    profile_hooks,
-    stream_key,
-)
-from nsae_cli.training.source import TrainingSource, TrainingStream
+from nsae_cli.training.setup import hooks_by_stream, make_cells, make_streams, profile_hooks
+from nsae_cli.training.source import TrainingSource
+from nsae_cli.training.steps import StepLoop
+from nsae_cli.training.waves import plan_memory
 
 
 @dataclass
@@ -86,7 +78,7 @@ def train(
             one_thread_if_small(plan.largest_product, device) as side_by_side,
             CellPool(min(side_by_side, len(plan.configs))) as pool,
         ):
-            runs = _run(plan, finished, device, kernel, pool, options.checkpoint_every, reporter)
+            runs = _Run(plan, kernel, pool, options, reporter).complete(finished)
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"out of memory on {device.type} while training; lower --batch-size or --d-sae or train fewer cells"
@@ -108,162 +100,81 @@ def _numerics(deterministic: bool) -> Iterator[None]:
             torch.use_deterministic_algorithms(False)
 
 
-def _run(
-    plan: TrainPlan,
-    finished: dict[str, dict[str, Any]],
-    device: torch.device,
-    kernel: Choice,
-    pool: CellPool,
-    checkpoint_every: str | int,
-    reporter: Reporter,
-) -> list[dict[str, Any]]:
-    plan.checkpoints.begin(plan.identity())
-    for folder in (plan.folder, *(plan.cell_folder(cell) for cell in plan.configs)):
-        commit.make_folder(folder)
-        commit.remove_leftovers(folder)
-    profiles = profile_hooks(plan, reporter)
-    streams = make_streams(plan, profiles)
-    cells = make_cells(plan, profiles, device, kernel)
-    reporter.note(describe_run(plan, cells, streams, kernel))
-    loop = _Loop(plan, cells, streams, device, pool, _CheckpointClock(checkpoint_every), reporter)
-    started = time.monotonic()
-    first_step = loop.restore()
-    loop.run(first_step)
-    rows = (plan.steps - first_step) * plan.batch_size
-    log_timing(plan.folder, "trained", rows=rows, seconds=round(time.monotonic() - started, 3))
-    if len(cells) > 1:
-        commit.write_json(plan.folder / GROUP, {"format_version": FORMAT_VERSION, **plan.identity()})
-    with reporter.task("evaluating", len(cells), "SAEs") as task:
+class _Run:
+    """Trains what is left of a plan, wave by wave.
 
-        def finish(name: str) -> dict[str, Any]:
-            cell = cells[name]
-            run = finished.get(name) or finish_cell(plan, name, cell, profiles[cell.config.hook], reporter)
-            task.advance(1)
-            return run
-
-        runs = pool.map(finish, cells)
-    plan.checkpoints.remove()
-    return runs
-
-
-class _Loop:
-    """Steps all cells in lockstep, logs, and saves checkpoints."""
+    Args:
+        plan: the cells and where their rows come from.
+        kernel: what they step with, and on which device.
+        pool: how they share the processor.
+        options: as given.
+        reporter: for remarks and progress.
+    """
 
     def __init__(
-        self,
-        plan: TrainPlan,
-        cells: dict[str, Cell],
-        streams: dict[StreamKey, TrainingStream],
-        device: torch.device,
-        pool: CellPool,
-        clock: _CheckpointClock,
-        reporter: Reporter,
+        self, plan: TrainPlan, kernel: Choice, pool: CellPool, options: TrainOptions, reporter: Reporter
     ) -> None:
-        self._plan, self._cells, self._streams = plan, cells, streams
-        self._device, self._pool, self._clock, self._reporter = device, pool, clock, reporter
-        self._logs: dict[str, MetricsLog] = {}
-        #: For each cell the state of its stream before the step in hand: one that is stopped may have run ahead of it.
-        self._stream_states: dict[str, dict[str, torch.Tensor]] = {}
+        self._plan, self._kernel, self._pool = plan, kernel, pool
+        self._options, self._reporter = options, reporter
+        self._profiles: dict[str, HookProfile] = {}
 
-    def restore(self) -> int:
-        """Loads the last intact checkpoint, else initialises the cells; returns the number of steps done."""
-        checkpoint: Checkpoint | None = self._plan.checkpoints.latest(self._reporter)
-        if checkpoint is None:
-            initialise_cells(self._cells, self._streams)
-        for name, cell in self._cells.items():
-            if checkpoint is not None:
-                cell.load_state(checkpoint.cells[name])
-                self._streams[stream_key(cell.config)].load_state(checkpoint.cells[name])
-            content = b"" if checkpoint is None else checkpoint.logs[name]
-            self._logs[name] = MetricsLog(self._plan.cell_folder(name) / "metrics.jsonl", content)
-        self._note_stream_states()
-        if checkpoint is None:
-            return 0
-        self._reporter.note(f"going on from the checkpoint at step {checkpoint.step:,}")
-        return checkpoint.step
+    def complete(self, finished: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+        """Trains and saves the cells that are not finished; run.json of all of them, in the plan's order."""
+        plan, runs = self._plan, dict(finished)
+        plan.checkpoints.begin(plan.identity())
+        for folder in (plan.folder, *(plan.cell_folder(cell) for cell in plan.configs)):
+            commit.make_folder(folder)
+            commit.remove_leftovers(folder)
+        self._profiles = profile_hooks(plan, self._reporter)
+        for number in itertools.count():
+            checkpoint = plan.checkpoints.latest(self._reporter)
+            left = [cell for cell in plan.configs if cell not in runs]
+            if checkpoint is None and not left:
+                break
+            if number:
+                plan.source.prepare(SilentReporter())  # the wave before has used its rows up
+            runs |= self._train_wave(checkpoint, left, runs)
+            plan.checkpoints.clear()
+        plan.checkpoints.remove()
+        return [runs[cell] for cell in plan.configs]
 
-    def run(self, first_step: int) -> None:
-        """Takes the steps from `first_step` to the end and saves a checkpoint there: the evaluation may be stopped.
-
-        Raises:
-            Interrupted: a signal asked to stop; a checkpoint of the current step was written.
-        """
-        plan = self._plan
-        batches = {key: stream.batches(first_step) for key, stream in self._streams.items()}
-        interval = log_interval(plan.steps)
-        with self._reporter.task("training", (plan.steps - first_step) * plan.batch_size, "rows") as task:
-            for step in range(first_step, plan.steps):
-                if (signum := interrupt.stop_requested()) is not None:
-                    raise self._stopped(step, signum)
-                if step > first_step and self._clock.due(step):
-                    self._save(step)
-                try:
-                    taken = self._take(batches)
-                except Interrupted as stopped:
-                    raise self._stopped(step, stopped.signum) from stopped
-                log_now = (step + 1) % interval == 0 or step + 1 == plan.steps
-                self._step(taken, step, log_now, task)
-                task.advance(plan.batch_size)
-        self._save(plan.steps)
-
-    def _stopped(self, step: int, signum: int) -> Interrupted:
-        """Saves a checkpoint of `step`; returns what is to be raised."""
-        self._save(step)
-        steps = f"stopped at step {step:,} of {self._plan.steps:,}"
-        return Interrupted(signum, f"{steps}, checkpoint saved; run the same command to go on")
-
-    def _take(self, batches: dict[StreamKey, Iterator[Batch]]) -> dict[StreamKey, Batch]:
-        """The next batch of every stream, on the training device."""
-        taken = {
-            key: {hook: rows.to(self._device) for hook, rows in next(stream).items()} for key, stream in batches.items()
-        }
-        self._note_stream_states()
-        return taken
-
-    def _note_stream_states(self) -> None:
-        self._stream_states = {
-            name: self._streams[stream_key(cell.config)].state() for name, cell in self._cells.items()
-        }
-
-    def _step(self, taken: dict[StreamKey, Batch], step: int, log_now: bool, task: Task) -> None:
-        def advance(name: str) -> dict[str, Any] | None:
-            cell = self._cells[name]
-            rows = taken[stream_key(cell.config)][cell.config.hook]
-            log = cell.train_step(rows, step)
-            if not log_now:
-                return None
-            record = step_record(cell, rows, log, step)
-            self._logs[name].append(record)
-            return record
-
-        records = self._pool.map(advance, self._cells)
-        first = records[0]
-        if first is not None:
-            # One cell stands for all on the progress line: cells of a grid have losses that do not compare.
-            label = "" if len(records) == 1 else f" of {next(iter(self._cells))}"
-            task.advance(0, loss=f"{first['loss']:.4g}", l0=f"{first['l0_all'] or 0:.1f}{label}")
-
-    def _save(self, step: int) -> None:
-        self._plan.checkpoints.save(
-            step,
-            {name: cell.state() | self._stream_states[name] for name, cell in self._cells.items()},
-            {name: log.content() for name, log in self._logs.items()},
+    def _train_wave(
+        self, checkpoint: Checkpoint | None, left: list[str], runs: dict[str, dict[str, Any]]
+    ) -> dict[str, dict[str, Any]]:
+        """Trains and saves the cells of a checkpoint, or as many of those that are left as fit. → their run.json"""
+        plan, reporter = self._plan, self._reporter
+        needed = hooks_by_stream(plan, list(checkpoint.cells) if checkpoint else left)
+        rows_bytes = plan.source.mixed_bytes({key: len(hooks) for key, hooks in needed.items()})
+        memory = plan_memory(plan.configs, plan.source.d_in, self._kernel, rows_bytes, self._options.max_memory)
+        wave = list(checkpoint.cells) if checkpoint else memory.next_wave(left)
+        reporter.note(
+            f"{_count(len(wave), len(plan.configs))}, {plan.steps:,} steps of {plan.batch_size:,} rows; "
+            f"memory: {memory.describe(wave if checkpoint else left)}; "
+            f"kernel {self._kernel.name} ({self._kernel.reason})"
         )
+        streams = make_streams(plan, wave, self._profiles)
+        cells = make_cells(plan, wave, self._profiles, self._kernel)
+        loop = StepLoop(plan, cells, streams, self._kernel.device, self._pool, self._options.checkpoint_every, reporter)
+        started = time.monotonic()
+        first_step = loop.restore(checkpoint)
+        loop.run(first_step)
+        rows = (plan.steps - first_step) * plan.batch_size
+        log_timing(plan.folder, "trained", rows=rows, seconds=round(time.monotonic() - started, 3))
+        if len(plan.configs) > 1:
+            commit.write_json(plan.folder / GROUP, {"format_version": FORMAT_VERSION, **plan.identity()})
+        with reporter.task("evaluating", len(cells), "SAEs") as task:
+
+            def finish(name: str) -> dict[str, Any]:
+                cell = cells[name]
+                profile = self._profiles[cell.config.hook]
+                run = runs.get(name) or finish_cell(plan, name, cell, profile, reporter)
+                task.advance(1)
+                return run
+
+            return dict(zip(cells, self._pool.map(finish, cells), strict=True))
 
 
-class _CheckpointClock:
-    """Says when a checkpoint is due: every N steps, or every so many seconds."""
-
-    def __init__(self, every: str | int) -> None:
-        self._steps = every if isinstance(every, int) else None
-        self._seconds = None if isinstance(every, int) else float(every.removesuffix("s"))
-        self._last = time.monotonic()
-
-    def due(self, step: int) -> bool:
-        """Whether to save before `step`."""
-        if self._seconds is None:
-            return self._steps is not None and step % self._steps == 0
-        if time.monotonic() - self._last < self._seconds:
-            return False
-        self._last = time.monotonic()
-        return True
+def _count(cells: int, of: int) -> str:
+    """``1 SAE``, ``6 SAEs``, ``4 of 6 SAEs``."""
+    number = f"{cells}" if cells == of else f"{cells} of {of}"
+    return f"{number} SAE{'s' if of > 1 else ''}"

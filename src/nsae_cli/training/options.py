@@ -78,6 +78,7 @@ class TrainOptions(BaseModel):
     device: DeviceOption = "auto"
     kernel: KernelOption = Field("auto", description="dense or sparse training steps")
     precision: PrecisionOption = Field("auto", description="of the encoder's product in sparse steps")
+    max_memory: Size | None = Field(None, gt=0, description="bytes that weights and mixed rows may take")
     deterministic: bool = False
     checkpoint_every: Annotated[str | int, BeforeValidator(parse_interval)] = "300s"
 

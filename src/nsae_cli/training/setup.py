@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +18,10 @@ from nsae_cli.store.profile import HookProfile
 from nsae_cli.training.cell import Cell, make_objective
 from nsae_cli.training.options import CellConfig
 from nsae_cli.training.plan import TrainPlan
-from nsae_cli.training.source import TrainingStream
+from nsae_cli.training.source import StreamKey, TrainingStream
 
 #: Rows from which the initialisation takes b_dec: the first that the cell will be trained on.
 INIT_ROWS = 8192
-
-#: Cells with equal keys see the same rows: same seed and, where sinks are dropped, the same hook.
-StreamKey = tuple[int, str | None]
 
 
 def stream_key(config: CellConfig) -> StreamKey:
@@ -44,31 +42,39 @@ def profile_hooks(plan: TrainPlan, reporter: Reporter) -> dict[str, HookProfile]
     return profiles
 
 
-def make_streams(plan: TrainPlan, profiles: dict[str, HookProfile]) -> dict[StreamKey, TrainingStream]:
-    """One stream of batches for all cells that see the same rows."""
+def hooks_by_stream(plan: TrainPlan, wave: Sequence[str]) -> dict[StreamKey, list[str]]:
+    """The streams that cells need and the hooks that each has to bring."""
+    found: dict[StreamKey, dict[str, None]] = {}
+    for config in (plan.configs[name] for name in wave):
+        found.setdefault(stream_key(config), {})[config.hook] = None
+    return {key: list(hooks) for key, hooks in found.items()}
+
+
+def make_streams(
+    plan: TrainPlan, wave: Sequence[str], profiles: dict[str, HookProfile]
+) -> dict[StreamKey, TrainingStream]:
+    """One stream of batches for all cells of a wave that see the same rows."""
     streams: dict[StreamKey, TrainingStream] = {}
-    for config in plan.configs.values():
-        key = stream_key(config)
-        hooks = dict.fromkeys(other.hook for other in plan.configs.values() if stream_key(other) == key)
-        profile, drop_sinks = profiles[config.hook], config.sinks == "drop"
-        if drop_sinks and profile.training_sinks == profile.training_rows:
-            raise UsageError(f"--sinks drop: every training row of {plan.source.name} at {config.hook} is a sink")
-        if key not in streams:
-            streams[key] = plan.source.stream(
-                [profiles[hook] for hook in hooks], config.batch_size, config.seed, drop_sinks
-            )
+    for (seed, dropped), hooks in hooks_by_stream(plan, wave).items():
+        for hook in hooks:
+            if dropped and profiles[hook].training_sinks == profiles[hook].training_rows:
+                raise UsageError(f"--sinks drop: every training row of {plan.source.name} at {hook} is a sink")
+        streams[seed, dropped] = plan.source.stream(
+            [profiles[hook] for hook in hooks], plan.batch_size, seed, dropped is not None
+        )
     return streams
 
 
 def make_cells(
-    plan: TrainPlan, profiles: dict[str, HookProfile], device: torch.device, kernel: Choice
+    plan: TrainPlan, wave: Sequence[str], profiles: dict[str, HookProfile], kernel: Choice
 ) -> dict[str, Cell]:
-    """The cells with room for their weights, which `initialise_cells` or a checkpoint fills."""
+    """The cells of a wave with room for their weights, which `initialise_cells` or a checkpoint fills."""
     cells = {}
     d_in = plan.source.d_in
-    for name, config in plan.configs.items():
+    for name in wave:
+        config = plan.configs[name]
         shapes = ((d_in, config.d_sae), (config.d_sae,), (config.d_sae, d_in), (d_in,))
-        weights = Weights(*(torch.zeros(shape, device=device) for shape in shapes))
+        weights = Weights(*(torch.zeros(shape, device=kernel.device) for shape in shapes))
         cells[name] = Cell(config, make_objective(config, profiles[config.hook], d_in), weights, kernel)
     return cells
 
@@ -109,17 +115,3 @@ class _Start:
         )
         for target, value in zip(cell.weights.tensors(), weights.tensors(), strict=True):
             target.copy_(value)
-
-
-def describe_run(
-    plan: TrainPlan, cells: dict[str, Cell], streams: dict[StreamKey, TrainingStream], kernel: Choice
-) -> str:
-    """One line about size, memory and kernel, before the first step."""
-    mixed = sum(stream.mixed_bytes for stream in streams.values())
-    # Weights, gradients and Adam's two moments, 4 bytes each.
-    weights = sum(16 * sum(tensor.numel() for tensor in cell.weights.tensors()) for cell in cells.values())
-    return (
-        f"{len(cells)} SAE{'s' if len(cells) > 1 else ''}, {plan.steps:,} steps of {plan.batch_size:,} rows; "
-        f"memory: {mixed / 2**20:,.0f} MiB of mixed rows, {weights / 2**20:,.0f} MiB of weights and Adam; "
-        f"kernel {kernel.name} ({kernel.reason})"
-    )

@@ -19,13 +19,12 @@ from nsae_cli.store.provenance import Provenance
 from nsae_cli.store.shards import ActivationStore
 from nsae_cli.training.options import TrainOptions, layer_of
 
+#: Cells with equal keys see the same rows: same seed and, where sinks are dropped, the same hook.
+StreamKey = tuple[int, str | None]
+
 
 class TrainingStream(Protocol):
     """Batches of training rows for the cells that share a seed and, where sinks are dropped, a hook."""
-
-    @property
-    def mixed_bytes(self) -> int:
-        """Memory of the rows that are mixed for this stream and for no other one."""
 
     def batches(self, first_step: int) -> Iterator[Batch]:
         """Endless batches, beginning with that of step `first_step` (0-based).
@@ -99,7 +98,7 @@ class TrainingSource(Protocol):
         """In what other `inputs` differ, ``--option old -> new, …``; None where they are of another kind of source."""
 
     def prepare(self, reporter: Reporter) -> None:
-        """Does what profiles and streams need.
+        """Does what profiles and streams need; streams made before are no longer used.
 
         Raises:
             Interrupted: a signal asked to stop.
@@ -117,6 +116,9 @@ class TrainingSource(Protocol):
             seed: of the order.
             drop_sinks: leave out the rows that are sinks at the (one) hook.
         """
+
+    def mixed_bytes(self, streams: Mapping[StreamKey, int]) -> int:
+        """Memory of the rows that are mixed for streams with these keys, each of so many hooks. After `prepare`."""
 
     def held_out_rows(self, profile: HookProfile, batch_size: int) -> Iterator[tuple[HookRows, torch.Tensor]]:
         """Held-out rows of a hook with their context numbers [B], on the CPU; rows that are zero are left out."""
@@ -196,6 +198,11 @@ class StoreSource:
 
     def stream(self, profiles: Sequence[HookProfile], batch_size: int, seed: int, drop_sinks: bool) -> BatchStream:
         return BatchStream(self._store, profiles, self._contexts, batch_size, seed, self._buffer_rows, drop_sinks)
+
+    def mixed_bytes(self, streams: Mapping[StreamKey, int]) -> int:
+        manifest = self._store.manifest
+        window = min(self._buffer_rows, manifest.rows) * manifest.d_in * manifest.torch_dtype.itemsize
+        return window * sum(streams.values())
 
     def held_out_rows(self, profile: HookProfile, batch_size: int) -> Iterator[tuple[HookRows, torch.Tensor]]:
         return held_out_rows(self._store, profile, self._contexts, batch_size)

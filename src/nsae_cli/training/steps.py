@@ -1,0 +1,144 @@
+"""The loop over steps: all cells of a wave in lockstep on the same batches, logs and checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from nsae_cli import interrupt
+from nsae_cli.errors import Interrupted
+from nsae_cli.reporter import Reporter, Task
+from nsae_cli.store.batches import Batch
+from nsae_cli.training.cell import Cell
+from nsae_cli.training.cell_pool import CellPool
+from nsae_cli.training.checkpoint import Checkpoint
+from nsae_cli.training.plan import TrainPlan
+from nsae_cli.training.records import MetricsLog, log_interval, step_record
+from nsae_cli.training.setup import initialise_cells, stream_key
+from nsae_cli.training.source import StreamKey, TrainingStream
+
+
+class StepLoop:
+    """Steps all cells in lockstep, logs, and saves checkpoints."""
+
+    def __init__(
+        self,
+        plan: TrainPlan,
+        cells: dict[str, Cell],
+        streams: dict[StreamKey, TrainingStream],
+        device: torch.device,
+        pool: CellPool,
+        checkpoint_every: str | int,
+        reporter: Reporter,
+    ) -> None:
+        self._plan, self._cells, self._streams = plan, cells, streams
+        self._device, self._pool, self._reporter = device, pool, reporter
+        self._clock = _CheckpointClock(checkpoint_every)
+        self._logs: dict[str, MetricsLog] = {}
+        #: For each cell the state of its stream before the step in hand: one that is stopped may have run ahead of it.
+        self._stream_states: dict[str, dict[str, torch.Tensor]] = {}
+
+    def restore(self, checkpoint: Checkpoint | None) -> int:
+        """Loads a checkpoint, or initialises the cells; returns the number of steps done."""
+        if checkpoint is None:
+            initialise_cells(self._cells, self._streams)
+        for name, cell in self._cells.items():
+            if checkpoint is not None:
+                cell.load_state(checkpoint.cells[name])
+                self._streams[stream_key(cell.config)].load_state(checkpoint.cells[name])
+            content = b"" if checkpoint is None else checkpoint.logs[name]
+            self._logs[name] = MetricsLog(self._plan.cell_folder(name) / "metrics.jsonl", content)
+        self._note_stream_states()
+        if checkpoint is None:
+            return 0
+        self._reporter.note(f"going on from the checkpoint at step {checkpoint.step:,}")
+        return checkpoint.step
+
+    def run(self, first_step: int) -> None:
+        """Takes the steps from `first_step` to the end and saves a checkpoint there: the evaluation may be stopped.
+
+        Raises:
+            Interrupted: a signal asked to stop; a checkpoint of the current step was written.
+        """
+        plan = self._plan
+        batches = {key: stream.batches(first_step) for key, stream in self._streams.items()}
+        interval = log_interval(plan.steps)
+        with self._reporter.task("training", (plan.steps - first_step) * plan.batch_size, "rows") as task:
+            for step in range(first_step, plan.steps):
+                if (signum := interrupt.stop_requested()) is not None:
+                    raise self._stopped(step, signum)
+                if step > first_step and self._clock.due(step):
+                    self._save(step)
+                try:
+                    taken = self._take(batches)
+                except Interrupted as stopped:
+                    raise self._stopped(step, stopped.signum) from stopped
+                log_now = (step + 1) % interval == 0 or step + 1 == plan.steps
+                self._step(taken, step, log_now, task)
+                task.advance(plan.batch_size)
+        self._save(plan.steps)
+
+    def _stopped(self, step: int, signum: int) -> Interrupted:
+        """Saves a checkpoint of `step`; returns what is to be raised."""
+        self._save(step)
+        steps = f"stopped at step {step:,} of {self._plan.steps:,}"
+        return Interrupted(signum, f"{steps}, checkpoint saved; run the same command to go on")
+
+    def _take(self, batches: dict[StreamKey, Iterator[Batch]]) -> dict[StreamKey, Batch]:
+        """The next batch of every stream, on the training device."""
+        taken = {
+            key: {hook: rows.to(self._device) for hook, rows in next(stream).items()} for key, stream in batches.items()
+        }
+        self._note_stream_states()
+        return taken
+
+    def _note_stream_states(self) -> None:
+        self._stream_states = {
+            name: self._streams[stream_key(cell.config)].state() for name, cell in self._cells.items()
+        }
+
+    def _step(self, taken: dict[StreamKey, Batch], step: int, log_now: bool, task: Task) -> None:
+        def advance(name: str) -> dict[str, Any] | None:
+            cell = self._cells[name]
+            rows = taken[stream_key(cell.config)][cell.config.hook]
+            log = cell.train_step(rows, step)
+            if not log_now:
+                return None
+            record = step_record(cell, rows, log, step)
+            self._logs[name].append(record)
+            return record
+
+        records = self._pool.map(advance, self._cells)
+        first = records[0]
+        if first is not None:
+            # One cell stands for all on the progress line: cells of a grid have losses that do not compare.
+            label = "" if len(records) == 1 else f" of {next(iter(self._cells))}"
+            task.advance(0, loss=f"{first['loss']:.4g}", l0=f"{first['l0_all'] or 0:.1f}{label}")
+
+    def _save(self, step: int) -> None:
+        self._plan.checkpoints.save(
+            step,
+            {name: cell.state() | self._stream_states[name] for name, cell in self._cells.items()},
+            {name: log.content() for name, log in self._logs.items()},
+        )
+
+
+class _CheckpointClock:
+    """Says when a checkpoint is due: every N steps, or every so many seconds."""
+
+    def __init__(self, every: str | int) -> None:
+        self._steps = every if isinstance(every, int) else None
+        self._seconds = None if isinstance(every, int) else float(every.removesuffix("s"))
+        self._last = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether to save before `step`."""
+        if self._seconds is None:
+            return self._steps is not None and step % self._steps == 0
+        if time.monotonic() - self._last < self._seconds:
+            return False
+        self._last = time.monotonic()
+        return True
