@@ -14,7 +14,7 @@ from nsae_cli.kernels.adam import Adam
 from nsae_cli.kernels.types import Weights
 
 
-class TooManyEntries(Exception):
+class TooManyEntriesError(Exception):
     """A batch has more active entries than the operations have room for: it takes a dense step.
 
     Args:

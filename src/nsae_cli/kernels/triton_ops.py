@@ -3,7 +3,7 @@
 Transfers to the host: one per step, of two numbers, in `active` (how many candidates and entries there are), since
 entries are tensors of exactly that many. Everything else is queued without waiting. Where more candidates are found
 than there is room for, the same transfer says how many: `active` takes more room and encodes anew, or, beyond
-`most_density`, raises `TooManyEntries` and leaves the step to the caller, who has a dense one.
+`most_density`, raises `TooManyEntriesError` and leaves the step to the caller, who has a dense one.
 
 Every result has the same bits each time, also without `deterministic`: of the kernels only `find_reserved` has atomics,
 and these decide where entries are staged, not where they end.
@@ -26,7 +26,7 @@ import triton
 
 from nsae_cli.kernels.adam import Adam
 from nsae_cli.kernels.certified import RELATIVE, round_rows
-from nsae_cli.kernels.entries import Columns, Entries, TooManyEntries
+from nsae_cli.kernels.entries import Columns, Entries, TooManyEntriesError
 from nsae_cli.kernels.triton_kernels import features, find
 from nsae_cli.kernels.triton_kernels import rows as rowwise
 from nsae_cli.kernels.types import Weights
@@ -107,7 +107,7 @@ class TritonOps:
         certified: encode in bfloat16 with the bound of `certified`, else in float32 (no TF32). Top-k steps encode in
             float32 in either case.
         deterministic: find entries without atomics, at the price of a second product.
-        most_density: share of the B·F pre-activations beyond which `active` raises TooManyEntries.
+        most_density: share of the B·F pre-activations beyond which `active` raises TooManyEntriesError.
         dense_share: see `DENSE_SHARE`; 1 or more for none.
     """
 
@@ -140,10 +140,11 @@ class TritonOps:
         """See `SparseOps.active`.
 
         Raises:
-            TooManyEntries: more than `most_density` allows.
+            TooManyEntriesError: more than `most_density` allows.
         """
-        (B, d), F = x.shape, len(b_enc)
-        assert x.dtype == torch.float32 and x.is_contiguous()
+        B, F = len(x), len(b_enc)
+        assert x.dtype == torch.float32
+        assert x.is_contiguous()
         assert noise is None or noise.is_contiguous()
         if top_k is not None and top_k < F:
             return _largest(x, weights, b_enc, noise, threshold, top_k)
@@ -161,6 +162,7 @@ class TritonOps:
                 threshold,
             )
         most = int(self._most_density * B * F)
+        assert most < 2**31  # places are 32-bit numbers in the kernels, which have no registers for more
         while True:
             room = min(most, max(self._room, _ROOM_PER_ROW * B))
             row_ptr, cols, values = self._find(search, room)
@@ -172,7 +174,7 @@ class TritonOps:
                 self.evaluated = needed if search.certified else 0
                 return Entries(row_ptr, cols[:entries], values[:entries])
             if needed > most:
-                raise TooManyEntries(needed, most)
+                raise TooManyEntriesError(needed, most)
             self._room = int(_GROWTH * needed)
 
     def _find(self, search: _Search, room: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -184,7 +186,9 @@ class TritonOps:
         down, across = triton.cdiv(B, BM), triton.cdiv(F, BN)
         device = search.x.device
         counts = torch.empty(B, across, dtype=torch.int32, device=device)
-        cols, values = _integers(room, device), torch.empty(room, device=device)
+        # Zeros: where there is not enough room, places of dropped candidates are evaluated all the same.
+        cols = torch.zeros(room, dtype=torch.int32, device=device)
+        values = torch.empty(room, device=device)
         inputs = (search.x, search.encoder, search.bias, search.noise, *search.bounds, search.threshold, _OF_TEST)
         sizes = (B, F, d, down, across)
         options = {"BM": BM, "BN": BN, "BK": BK, "CERTIFIED": search.certified, "WIDEN": device.type == "cpu"}
@@ -195,8 +199,8 @@ class TritonOps:
             tile_ptr = _running_sum(counts)
             kernel(*inputs, *sizes, counts, tile_ptr, room, cols, values, 1, **options, **launch)
             return tile_ptr[::across].contiguous(), cols, values
-        taken = torch.zeros(1, dtype=torch.int64, device=device)
-        staged = (*(_integers(room, device) for _ in range(3)), torch.empty(room, device=device))
+        taken = torch.zeros(1, dtype=torch.int32, device=device)
+        staged = (*(_integers(room, device) for _ in range(2)), torch.empty(room, device=device))
         find.find_reserved[(down * across,)](*inputs, *sizes, counts, taken, room, *staged, **options, **launch)
         tile_ptr = _running_sum(counts)
         find.place[(triton.cdiv(room, 1024),)](
@@ -302,6 +306,7 @@ class TritonOps:
         """See `entries.UpdatingOps.update`."""
         d = x.shape[1]
         first, second = adam.moments()
+        beta1, beta2, eps, step_size, inverse_root = adam.numbers(lr)
         copies = (None, None, None, d, 0.0, 0.0) if self._shadow is None else self._shadow.parts(d)
         copy, norm, rest, _, round_up, smallest = copies
         features.update[(len(along),)](
@@ -309,7 +314,7 @@ class TritonOps:
             *self._frequent(columns, x, error),
             *(along, _feature_major(weights.W_enc), weights.W_dec),
             *(_feature_major(first.W_enc), _feature_major(second.W_enc), first.W_dec, second.W_dec),
-            *adam.numbers(lr),
+            *(1 - beta1, beta2, 1 - beta2, eps, step_size, inverse_root),
             *(copy, norm, rest, round_up, smallest, d),
             CONSTRAINT=_CONSTRAINTS[decoder],
             **_blocks(d),

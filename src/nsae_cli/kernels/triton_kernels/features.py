@@ -90,8 +90,9 @@ def _feature_gradients(
     if slots is not None:
         slot = tl.load(slots + feature).to(tl.int64)
         end = tl.where(slot < 0, end, begin)
-        enc = tl.load(slot_enc + slot * d + k, mask=inside & (slot >= 0), other=0.0)
-        dec = tl.load(slot_dec + slot * d + k, mask=inside & (slot >= 0), other=0.0)
+        width = tl.where(slot < 0, 0, d)
+        enc = tl.load(slot_enc + slot * d + k, mask=k < width, other=0.0)
+        dec = tl.load(slot_dec + slot * d + k, mask=k < width, other=0.0)
     for first in range(begin, end, BE):
         q = first + tl.arange(0, BE)
         there = q < end
@@ -140,12 +141,15 @@ def gradients(
 
 
 @triton.jit
-def _adam(at, inside, weights, gradient, first_moment, second_moment, beta1, beta2, eps, step_size, inverse_root):
-    """The new weights of Adam's step (`Adam.numbers`); stores the moments, leaves the weights to the caller."""
+def _adam(at, inside, weights, gradient, first_moment, second_moment, new1, beta2, new2, eps, step_size, inverse_root):
+    """The new weights of Adam's step; stores the moments, leaves the weights to the caller.
+
+    `Adam.numbers`, with new1 = 1 − β₁ and new2 = 1 − β₂ from the host: in float32, 1 − β₂ would be off by 1.3e-5.
+    """
     m = tl.load(first_moment + at, mask=inside, other=0.0)
     v = tl.load(second_moment + at, mask=inside, other=0.0)
-    m += (gradient - m) * (1 - beta1)
-    v = v * beta2 + gradient * gradient * (1 - beta2)
+    m += (gradient - m) * new1
+    v = v * beta2 + gradient * gradient * new2
     tl.store(first_moment + at, m, mask=inside)
     tl.store(second_moment + at, v, mask=inside)
     return weights - tl.div_rn(step_size * m, tl.sqrt_rn(v) * inverse_root + eps)
@@ -196,8 +200,9 @@ def update(
     v_enc,
     m_dec,
     v_dec,
-    beta1,
+    new1,
     beta2,
+    new2,
     eps,
     step_size,
     inverse_root,
@@ -225,13 +230,13 @@ def update(
     )
     at = feature * d + k
     w = tl.load(encoder + at, mask=inside, other=0.0)
-    w = _adam(at, inside, w, enc, m_enc, v_enc, beta1, beta2, eps, step_size, inverse_root)
+    w = _adam(at, inside, w, enc, m_enc, v_enc, new1, beta2, new2, eps, step_size, inverse_root)
     tl.store(encoder + at, w, mask=inside)
     if copy is not None:
         _store_shadow(feature, at, inside, w, copy, norm, rest, round_up, smallest)
     w = tl.load(decoder + at, mask=inside, other=0.0)
     dec += tl.load(along + feature) * w
-    w = _adam(at, inside, w, dec, m_dec, v_dec, beta1, beta2, eps, step_size, inverse_root)
+    w = _adam(at, inside, w, dec, m_dec, v_dec, new1, beta2, new2, eps, step_size, inverse_root)
     if CONSTRAINT > 0:
         length = tl.maximum(tl.sqrt_rn(tl.sum(w * w, 0)), 1e-30)
         if CONSTRAINT == 2:

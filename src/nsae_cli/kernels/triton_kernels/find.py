@@ -97,9 +97,8 @@ def find_reserved(
     tile_counts,
     taken,
     capacity,
-    staged_rows,
+    staged_places,
     staged_cols,
-    staged_ranks,
     staged_values,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -110,8 +109,8 @@ def find_reserved(
     """Writes entries wherever there is room; `place` puts them in order.
 
     Every tile takes room for its entries by one atomic addition to `taken` [1] (0 before), so where they are staged
-    differs from run to run. What is staged does not: row, column, value (float32 only) and the rank within the row's
-    part of the tile, from which `place` finds the one place that an entry has.
+    differs from run to run. What is staged does not: the column, the value (float32 only), and row·BN + the rank within
+    the row's part of the tile, from which `place` finds the one place that an entry has.
     tile_counts: int32 [B, tiles_across], entries per row and tile, complete even where `capacity` is exceeded; entries
     beyond it are dropped.
     """
@@ -146,12 +145,11 @@ def find_reserved(
     ranks = tl.cumsum(wanted, 1) - wanted
     total = tl.sum(counts, 0)
     if total > 0:
-        start = tl.atomic_add(taken, total.to(tl.int64))
+        start = tl.atomic_add(taken, total)
         to = start + before[:, None] + ranks
         kept = (wanted > 0) & (to < capacity)
-        tl.store(staged_rows + to, tl.broadcast_to(rows[:, None], (BM, BN)), mask=kept)
+        tl.store(staged_places + to, rows[:, None] * BN + ranks, mask=kept)
         tl.store(staged_cols + to, tl.broadcast_to(cols[None, :], (BM, BN)), mask=kept)
-        tl.store(staged_ranks + to, ranks, mask=kept)
         if not CERTIFIED:
             tl.store(staged_values + to, value, mask=kept)
 
@@ -159,9 +157,8 @@ def find_reserved(
 @triton.jit
 def place(
     tile_ptr,
-    staged_rows,
+    staged_places,
     staged_cols,
-    staged_ranks,
     staged_values,
     cols,
     values,
@@ -177,12 +174,12 @@ def place(
     tile_ptr: int64 [B·tiles_across + 1], the running sum of `tile_counts`. cols, values [capacity] are written.
     Dense equivalent: a sort by (row, column), of entries that are sorted within each tile already.
     """
-    q = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    q = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = (q < tl.load(taken)) & (q < capacity)
-    row = tl.load(staged_rows + q, mask=there, other=0)
+    in_tile = tl.load(staged_places + q, mask=there, other=0)
     col = tl.load(staged_cols + q, mask=there, other=0)
-    rank = tl.load(staged_ranks + q, mask=there, other=0)
-    to = tl.load(tile_ptr + row.to(tl.int64) * tiles_across + col // BN, mask=there, other=0) + rank
+    row_part = (in_tile // BN).to(tl.int64) * tiles_across + col // BN
+    to = tl.load(tile_ptr + row_part, mask=there, other=0).to(tl.int32) + in_tile % BN
     there = there & (to < capacity)
     tl.store(cols + to, col, mask=there)
     if HAS_VALUES:
@@ -254,7 +251,7 @@ def find_in_two_passes(
     if write == 0:
         tl.store(tile_counts + place_of_row, tl.sum(wanted, 1), mask=rows < B)
     else:
-        start = tl.load(tile_ptr + place_of_row, mask=rows < B, other=0)
+        start = tl.load(tile_ptr + place_of_row, mask=rows < B, other=0).to(tl.int32)
         to = start[:, None] + tl.cumsum(wanted, 1) - wanted
         kept = (wanted > 0) & (to < capacity)
         tl.store(cols_out + to, tl.broadcast_to(cols[None, :], (BM, BN)), mask=kept)
