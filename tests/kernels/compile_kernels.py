@@ -32,8 +32,7 @@ def main() -> None:
             if kind.startswith("*")
         }
         source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
-        options = {name: launch[name] for name in ("num_warps", "num_stages")}
-        binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch["options"])
         assert binary.asm["cubin"]
         compiled.append([launch["kernel"], "wgmma" in binary.asm["ptx"]])
     json.dump(compiled, sys.stdout)

@@ -20,6 +20,7 @@ arguments of a captured launch are frozen; and the overflow read after the graph
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -51,6 +52,8 @@ _TILE_FP32 = (64, 64, 32, 4, 2)
 _ROUND_UP = 1 + 2.0**-10
 #: What the test's own float32 arithmetic may be off by, relative to its terms.
 _OF_TEST = RELATIVE - 2.0**-8
+#: Of every launch: multiply and add in one instruction, as Triton has done so far; its default is about to change.
+_FUSED = {"enable_fp_fusion": True}
 _CONSTRAINTS = {"free": 0, "unit": 1, "bounded": 2}
 
 
@@ -75,7 +78,7 @@ class _Shadow:
         if self.copy.shape != encoder.shape or self.copy.device != encoder.device:
             self.copy = torch.empty(F, d, dtype=torch.bfloat16, device=encoder.device)
             self.norm, self.rest = encoder.new_empty(F), encoder.new_empty(F)
-        features.shadow[(F,)](encoder, *self.parts(d), BD=_width(d), num_warps=_warps(d))
+        features.shadow[(F,)](encoder, *self.parts(d), BD=_width(d), num_warps=_warps(d), **_FUSED)
         self.is_of(W_enc)
 
     def parts(self, d: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, float, float]:
@@ -192,19 +195,26 @@ class TritonOps:
         inputs = (search.x, search.encoder, search.bias, search.noise, *search.bounds, search.threshold, _OF_TEST)
         sizes = (B, F, d, down, across)
         options = {"BM": BM, "BN": BN, "BK": BK, "CERTIFIED": search.certified, "WIDEN": device.type == "cpu"}
-        launch = {"num_warps": warps, "num_stages": stages}
+        launch = {"num_warps": warps, "num_stages": stages, **_FUSED}
         if self._deterministic:
+            # The same arguments to both passes, up to `write`: other types would be another compiled kernel.
+            tile_ptr = torch.zeros(B * across + 1, dtype=torch.int64, device=device)
             kernel = find.find_in_two_passes[(down * across,)]
-            kernel(*inputs, *sizes, counts, counts, room, cols, values, 0, **options, **launch)
-            tile_ptr = _running_sum(counts)
-            kernel(*inputs, *sizes, counts, tile_ptr, room, cols, values, 1, **options, **launch)
+            arguments = (*inputs, *sizes, counts, tile_ptr, room, cols, values)
+            kernel(*arguments, 0, **options, **launch)
+            torch.cumsum(counts.flatten(), 0, out=tile_ptr[1:])
+            kernel(*arguments, 1, **options, **launch)
             return tile_ptr[::across].contiguous(), cols, values
         taken = torch.zeros(1, dtype=torch.int32, device=device)
         staged = (*(_integers(room, device) for _ in range(2)), torch.empty(room, device=device))
         find.find_reserved[(down * across,)](*inputs, *sizes, counts, taken, room, *staged, **options, **launch)
         tile_ptr = _running_sum(counts)
         find.place[(triton.cdiv(room, 1024),)](
-            tile_ptr, *staged, cols, values, taken, room, across, BN=BN, HAS_VALUES=not search.certified, BLOCK=1024
+            *(tile_ptr, *staged, cols, values, taken, room, across),
+            BN=BN,
+            HAS_VALUES=not search.certified,
+            BLOCK=1024,
+            **_FUSED,
         )
         return tile_ptr[::across].contiguous(), cols, values
 
@@ -227,7 +237,7 @@ class TritonOps:
             **_blocks(d),
         )
         row_ptr, cols, values = _running_sum(counts), torch.empty_like(candidates), x.new_empty(room)
-        rowwise.close_gaps[(B,)](found_ptr, row_ptr, kept_cols, kept_values, room, cols, values, BLOCK=_BLOCK)
+        rowwise.close_gaps[(B,)](found_ptr, row_ptr, kept_cols, kept_values, room, cols, values, BLOCK=_BLOCK, **_FUSED)
         return row_ptr, cols, values
 
     def decode(
@@ -246,7 +256,7 @@ class TritonOps:
         """See `SparseOps.row_sums`; added up in float64."""
         B = len(entries.row_ptr) - 1
         sums = values.new_empty(B)
-        rowwise.row_sums[(B,)](entries.row_ptr, values, sums, BLOCK=_BLOCK)
+        rowwise.row_sums[(B,)](entries.row_ptr, values, sums, BLOCK=_BLOCK, **_FUSED)
         return sums
 
     def by_feature(
@@ -268,6 +278,7 @@ class TritonOps:
             *(columns.col_ptr, order, entries.rows().int(), delta, pull, dots),
             *(columns.rows, columns.delta, columns.pull, columns.sum_delta, columns.sum_along),
             BLOCK=_BLOCK,
+            **_FUSED,
         )
         return columns
 
@@ -343,7 +354,9 @@ class TritonOps:
         frequent = torch.searchsorted(number, torch.arange(1, slots + 1, device=x.device))
         delta, pull = x.new_zeros(slots, B), x.new_zeros(slots, B)
         features.dense_slice[(slots,)](
-            *(frequent, columns.col_ptr, columns.rows, columns.delta, columns.pull, delta, pull, B, F), BLOCK=_BLOCK
+            *(frequent, columns.col_ptr, columns.rows, columns.delta, columns.pull, delta, pull, B, F),
+            BLOCK=_BLOCK,
+            **_FUSED,
         )
         return slot_of, delta @ x, pull @ error
 
@@ -390,10 +403,10 @@ def _warps(d: int) -> int:
     return 4 if d <= 2048 else 8
 
 
-def _blocks(d: int) -> dict[str, int]:
+def _blocks(d: int) -> dict[str, Any]:
     """Launch options of a kernel that holds blocks [entries, d]."""
     width = _width(d)
-    return {"BD": width, "BE": max(1, min(16, _BLOCK_ELEMENTS // width)), "num_warps": _warps(d)}
+    return {"BD": width, "BE": max(1, min(16, _BLOCK_ELEMENTS // width)), "num_warps": _warps(d), **_FUSED}
 
 
 def _feature_major(W_enc: torch.Tensor) -> torch.Tensor:
