@@ -19,6 +19,7 @@ import torch
 from test_dense_step import Problem, assert_close, assert_same
 
 from nsae_cli.kernels.adam import Adam
+from nsae_cli.kernels.certified import round_rows
 from nsae_cli.kernels.decoder import normalise_rows_
 from nsae_cli.kernels.dense import DenseStep
 from nsae_cli.kernels.entries import Entries, TooManyEntriesError
@@ -122,6 +123,35 @@ def test_a_nan_is_an_entry(certified, deterministic):
     found = find(TritonOps(certified, deterministic), made)
     assert found.counts[2] == 20
     assert found.pre_acts[found.row_ptr[2] : found.row_ptr[3]].isnan().all()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_candidates_are_those_of_the_bound(deterministic, monkeypatch):
+    """The kernel's test against the formula in `certified.py`, in float64, every term of it large enough to count."""
+    made = problem((40, 24, 60))
+    made.weights.W_enc.mul_(3)
+    made.weights.b_enc += 5000
+    made.noise = torch.randn(40, 60, generator=torch.Generator().manual_seed(5)) - 5000
+    ops, found = TritonOps(True, deterministic), {}
+    monkeypatch.setattr(ops, "_evaluate", lambda row_ptr, cols, *_: (row_ptr, found.setdefault("cols", cols), cols))
+    entries = find(ops, made, threshold=0.5)
+    candidates = torch.zeros(40, 60, dtype=torch.bool)
+    candidates[entries.rows(), entries.cols.long()] = True
+
+    rounded, shadow = round_rows(made.x, made.weights.b_dec), ops._shadow
+    z = rounded.rows.double() @ shadow.copy.double().t()
+    bias = made.weights.b_enc.double() + made.weights.b_dec.double() @ made.weights.W_enc.double()
+    value = z + bias + made.noise + rounded.slack[:, None]
+    terms = {
+        "rounding of x": rounded.row_a[:, None].double() * shadow.norm,
+        "rounding of W_enc": rounded.row_b[:, None].double() * shadow.rest,
+        "arithmetic": (z.abs() + bias.abs() + made.noise.abs()) * 2.0**-20,
+    }
+    bound = value + sum(terms.values())
+    near = (bound - 0.5).abs() < 2e-3  # numbers of 5000 are rounded to 2.4e-4
+    assert torch.equal(candidates | near, (bound > 0.5) | near)
+    for name, term in terms.items():
+        assert not torch.equal(candidates | near, (bound - term > 0.5) | near), name
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 64])
@@ -284,9 +314,12 @@ def test_five_updates_equal_the_dense_and_the_compiled_ones(decoder, penalty, de
     rest = torch.linalg.vector_norm(encoder.double() - shadow.copy.double(), dim=1)
     assert ((shadow.norm >= exact) & (shadow.norm <= exact * 1.002)).all()
     assert ((shadow.rest >= rest) & (shadow.rest <= rest * 1.002)).all()
-    before = shadow.copy
-    shadow.refresh(found.W_enc)
-    assert shadow.copy is before
+    shadow.rest.zero_()
+    shadow.refresh(found.W_enc)  # not made anew …
+    assert not shadow.rest.any()
+    found.W_enc.mul_(2)
+    shadow.refresh(found.W_enc)  # … until somebody else changes the weights
+    torch.testing.assert_close(shadow.rest.double(), 2 * rest, rtol=2e-3, atol=0)
 
 
 def test_the_copy_rounds_as_torch_does():
