@@ -18,13 +18,12 @@ from nsae_cli.kernels.dense import DenseStep
 from nsae_cli.kernels.entries import SparseOps, TooManyEntriesError
 from nsae_cli.kernels.native import library
 from nsae_cli.kernels.native_ops import NativeOps
+from nsae_cli.kernels.options import KernelOption, PrecisionOption
 from nsae_cli.kernels.sparse import SparseStep
 from nsae_cli.kernels.torch_ops import TorchOps
 from nsae_cli.kernels.types import Activation, Penalty, Weights
 from nsae_cli.kernels.update import GradientBuffer, Gradients
 
-KernelOption = Literal["auto", "dense", "sparse"]
-PrecisionOption = Literal["auto", "fp32", "certified"]
 SparseKind = Literal["native", "torch", "triton"]
 
 #: A step stays with its kernel until the density is this factor past the cross-over: no flicker around it.
@@ -119,6 +118,8 @@ def choose(kernel: KernelOption, precision: PrecisionOption, device: torch.devic
     Raises:
         UsageError: the sparse step or the certified encoder is asked for where it is not there.
     """
+    if kernel == "dense" and precision == "certified":
+        raise UsageError("--kernel dense with --precision certified: only sparse steps have a certified encoder")
     if device.type == "cuda" and kernel != "dense" and importlib.util.find_spec("triton"):
         certify = precision != "fp32"
         why = f"Triton, {'certified bf16 encoder' if certify else 'fp32 encoder'}"
@@ -136,8 +137,6 @@ def choose(kernel: KernelOption, precision: PrecisionOption, device: torch.devic
         why = f"{device.type}: {'bf16 products, fp32 master weights' if bf16 else 'fp32'}"
         return Choice("dense", why, device, None, False, True, torch.bfloat16 if bf16 else None)
     if kernel == "dense":
-        if precision == "certified":
-            raise UsageError("--kernel dense with --precision certified: only sparse steps have a certified encoder")
         return Choice("dense", "asked for; fp32, closed-form gradients", device, None, False, True, None)
     loops = library.load()
     if loops is None:
@@ -187,6 +186,14 @@ class AdaptiveKernel:
         """Of the step that is next."""
         return self._current().name
 
+    def describe(self) -> dict[str, Any]:
+        """For run.json: the steps that there are, and the density at which they change places."""
+        return {
+            "dense": self._dense.name if self._dense else None,
+            "sparse": self._sparse.name if self._sparse else None,
+            "crossover_density": self._crossover,
+        }
+
     def _current(self) -> DenseStep | SparseStep:
         chosen = self._sparse if self._use_sparse else self._dense
         assert chosen is not None
@@ -212,7 +219,8 @@ class AdaptiveKernel:
 
     def state(self) -> dict[str, torch.Tensor]:
         """What the next step's choice depends on, for a checkpoint: a resumed run goes on with the same kernel."""
-        return {"sparse": torch.tensor(self._use_sparse), "crossover": torch.tensor(self._crossover or 0.0).double()}
+        crossover = torch.tensor(self._crossover or 0.0, dtype=torch.float64)
+        return {"sparse": torch.tensor(self._use_sparse), "crossover": crossover}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Goes on from `state()`, as far as this installation has the kernels: else it keeps to its own."""

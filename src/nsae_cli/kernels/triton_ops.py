@@ -317,7 +317,6 @@ class TritonOps:
         """See `entries.UpdatingOps.update`."""
         d = x.shape[1]
         first, second = adam.moments()
-        beta1, beta2, eps, step_size, inverse_root = adam.numbers(lr)
         copies = (None, None, None, d, 0.0, 0.0) if self._shadow is None else self._shadow.parts(d)
         copy, norm, rest, _, round_up, smallest = copies
         features.update[(len(along),)](
@@ -325,7 +324,7 @@ class TritonOps:
             *self._frequent(columns, x, error),
             *(along, _feature_major(weights.W_enc), weights.W_dec),
             *(_feature_major(first.W_enc), _feature_major(second.W_enc), first.W_dec, second.W_dec),
-            *(1 - beta1, beta2, 1 - beta2, eps, step_size, inverse_root),
+            *adam.numbers(lr),
             *(copy, norm, rest, round_up, smallest, d),
             CONSTRAINT=_CONSTRAINTS[decoder],
             **_blocks(d),

@@ -141,15 +141,17 @@ def gradients(
 
 
 @triton.jit
-def _adam(at, inside, weights, gradient, first_moment, second_moment, new1, beta2, new2, eps, step_size, inverse_root):
+def _adam(
+    at, inside, weights, gradient, first_moment, second_moment, gain1, beta2, gain2, eps, step_size, inverse_root
+):
     """The new weights of Adam's step; stores the moments, leaves the weights to the caller.
 
-    `Adam.numbers`, with new1 = 1 − β₁ and new2 = 1 − β₂ from the host: in float32, 1 − β₂ would be off by 1.3e-5.
+    gain1 = 1 − β₁, gain2 = 1 − β₂ and the rest are `Adam.numbers`.
     """
     m = tl.load(first_moment + at, mask=inside, other=0.0)
     v = tl.load(second_moment + at, mask=inside, other=0.0)
-    m += (gradient - m) * new1
-    v = v * beta2 + gradient * gradient * new2
+    m += (gradient - m) * gain1
+    v = v * beta2 + gradient * gradient * gain2
     tl.store(first_moment + at, m, mask=inside)
     tl.store(second_moment + at, v, mask=inside)
     return weights - tl.div_rn(step_size * m, tl.sqrt_rn(v) * inverse_root + eps)
@@ -200,9 +202,9 @@ def update(
     v_enc,
     m_dec,
     v_dec,
-    new1,
+    gain1,
     beta2,
-    new2,
+    gain2,
     eps,
     step_size,
     inverse_root,
@@ -230,13 +232,13 @@ def update(
     )
     at = feature * d + k
     w = tl.load(encoder + at, mask=inside, other=0.0)
-    w = _adam(at, inside, w, enc, m_enc, v_enc, new1, beta2, new2, eps, step_size, inverse_root)
+    w = _adam(at, inside, w, enc, m_enc, v_enc, gain1, beta2, gain2, eps, step_size, inverse_root)
     tl.store(encoder + at, w, mask=inside)
     if copy is not None:
         _store_shadow(feature, at, inside, w, copy, norm, rest, round_up, smallest)
     w = tl.load(decoder + at, mask=inside, other=0.0)
     dec += tl.load(along + feature) * w
-    w = _adam(at, inside, w, dec, m_dec, v_dec, new1, beta2, new2, eps, step_size, inverse_root)
+    w = _adam(at, inside, w, dec, m_dec, v_dec, gain1, beta2, gain2, eps, step_size, inverse_root)
     if CONSTRAINT > 0:
         length = tl.maximum(tl.sqrt_rn(tl.sum(w * w, 0)), 1e-30)
         if CONSTRAINT == 2:
