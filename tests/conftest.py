@@ -7,3 +7,5 @@ Set in the environment before torch is imported, so that commands started as pro
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
+# The Triton kernels of the sparse step run in Triton's interpreter, on the CPU. Read when triton is imported.
+os.environ["TRITON_INTERPRET"] = "1"

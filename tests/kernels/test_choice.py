@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
@@ -78,11 +79,14 @@ def test_auto_takes_the_best_that_is_there_and_says_why(monkeypatch, certified, 
 
 
 def test_what_is_not_there_is_refused_with_the_reason(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # no triton
     for kernel, precision, words in (("sparse", "auto", "--kernel sparse"), ("auto", "certified", "--precision cert")):
-        with pytest.raises(UsageError, match=f"{words}.*only on the CPU"):
-            choose(kernel, precision, CUDA)
-    with pytest.raises(UsageError, match="only sparse steps"):
-        choose("dense", "certified", CPU)
+        for device in (CUDA, torch.device("mps")):
+            with pytest.raises(UsageError, match=f"{words}.*only on the CPU, and on CUDA with triton"):
+                choose(kernel, precision, device)
+    for device in (CPU, CUDA):
+        with pytest.raises(UsageError, match="only sparse steps"):
+            choose("dense", "certified", device)
     monkeypatch.setattr(library, "load", lambda isa=None: None)
     with pytest.raises(UsageError, match="compiled loops, which this installation lacks"):
         choose("auto", "certified", CPU)

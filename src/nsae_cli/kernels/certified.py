@@ -72,7 +72,7 @@ def round_rows(x: torch.Tensor, centre: torch.Tensor) -> RoundedRows:
 
     y_norm, back_norm = upper(y), upper(back)
     row_a = upper(y - back) + 2 * _U * (d + 8) * back_norm + 2 * _U * y_norm
-    row_a += _U * (d + 8) * (upper(x) + float(norm(centre)) * _ROUND_UP)
+    row_a += _U * (d + 8) * (upper(x) + norm(centre) * _ROUND_UP)
     # |ŷ_k| ≤ ‖ŷ‖ and |ŵ_k| ≤ ‖w‖: the latter's part is in row_a.
     slack = d * _SMALLEST * (back_norm + 2)
     row_a += d * _SMALLEST

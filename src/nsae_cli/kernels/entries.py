@@ -6,11 +6,24 @@ B rows, d = d_in, F = d_sae, E entries.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
+from nsae_cli.kernels.adam import Adam
 from nsae_cli.kernels.types import Weights
+
+
+class TooManyEntriesError(Exception):
+    """A batch has more active entries than the operations have room for: it takes a dense step.
+
+    Args:
+        found: how many there are (or may be).
+        most: for how many there is room.
+    """
+
+    def __init__(self, found: int, most: int) -> None:
+        super().__init__(f"{found} active entries, room for {most}")
 
 
 @dataclass
@@ -121,4 +134,28 @@ class SparseOps(Protocol):
 
         Args:
             along: [F]
+        """
+
+
+@runtime_checkable
+class UpdatingOps(SparseOps, Protocol):
+    """Operations that take the optimizer's step too."""
+
+    def update(
+        self,
+        columns: Columns,
+        x: torch.Tensor,
+        error: torch.Tensor,
+        along: torch.Tensor,
+        weights: Weights,
+        adam: Adam,
+        decoder: str,
+        lr: float,
+    ) -> None:
+        """The gradients of `gradients`, Adam's step on W_enc and W_dec, and the decoder's constraint, in one pass.
+
+        Args:
+            adam: holds the moments; `adam.step_biases` has counted this step already.
+            decoder: ``free``, ``unit`` or ``bounded``.
+            lr: learning rate.
         """

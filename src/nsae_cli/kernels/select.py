@@ -6,6 +6,7 @@ of the step before: a dense step costs the same whatever is active, a sparse one
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -14,6 +15,7 @@ import torch
 from nsae_cli.errors import UsageError
 from nsae_cli.kernels import calibration, certified
 from nsae_cli.kernels.dense import DenseStep
+from nsae_cli.kernels.entries import SparseOps, TooManyEntriesError
 from nsae_cli.kernels.native import library
 from nsae_cli.kernels.native_ops import NativeOps
 from nsae_cli.kernels.options import KernelOption, PrecisionOption
@@ -22,8 +24,12 @@ from nsae_cli.kernels.torch_ops import TorchOps
 from nsae_cli.kernels.types import Activation, Penalty, Weights
 from nsae_cli.kernels.update import GradientBuffer, Gradients
 
+SparseKind = Literal["native", "torch", "triton"]
+
 #: A step stays with its kernel until the density is this factor past the cross-over: no flicker around it.
 _HYSTERESIS = 1.15
+#: With a dense step beside it, a Triton step gives a batch back that is denser than this, instead of taking the memory.
+_MOST_DENSITY = 0.1
 
 
 class Kernel(Protocol):
@@ -55,7 +61,7 @@ class Choice:
         name: for the log and run.json.
         reason: why, for the log.
         device: where.
-        sparse: kind of the sparse step, ``native`` or ``torch``; None if there is none.
+        sparse: kind of the sparse step, ``native``, ``torch`` or ``triton``; None if there is none.
         certified: whether it encodes in bfloat16 with a bound.
         dense: whether there is a dense step.
         dense_dtype: of the dense step's products; None for the dtype of x.
@@ -64,26 +70,35 @@ class Choice:
     name: str
     reason: str
     device: torch.device
-    sparse: Literal["native", "torch"] | None
+    sparse: SparseKind | None
     certified: bool
     dense: bool
     dense_dtype: torch.dtype | None
 
     def make(self, d_in: int, d_sae: int, activation: Activation) -> AdaptiveKernel:
         """The kernel of one SAE: it keeps what it knows of the SAE's weights and density."""
-        sparse = None
-        if self.sparse is not None:
-            loops = library.load() if self.sparse == "native" else None
-            sparse = SparseStep(TorchOps() if loops is None else NativeOps(loops, self.certified))
+        sparse = None if self.sparse is None else SparseStep(self._ops())
         dense = DenseStep(self.dense_dtype) if self.dense else None
         crossover = calibration.crossover(self.kind, d_in, d_sae) if sparse and dense else None
         top_k = activation.selection.top_k
         density = None if top_k is None else top_k / d_sae
         return AdaptiveKernel(dense, sparse, crossover, density)
 
+    def _ops(self) -> SparseOps:
+        if self.sparse == "triton":
+            from nsae_cli.kernels.triton_ops import TritonOps  # there on Linux only, and takes a while
+
+            return TritonOps(
+                self.certified,
+                torch.are_deterministic_algorithms_enabled(),
+                most_density=_MOST_DENSITY if self.dense else 1.0,
+            )
+        loops = library.load() if self.sparse == "native" else None
+        return TorchOps() if loops is None else NativeOps(loops, self.certified)
+
     @property
     def kind(self) -> str:
-        """Which cross-over applies: ``native-certified``, ``native-fp32``, ``torch`` or ``none``."""
+        """Which cross-over applies: ``native-certified``, ``native-fp32``, ``torch``, ``triton`` or ``none``."""
         if self.sparse == "native":
             return "native-certified" if self.certified else "native-fp32"
         return self.sparse or "none"
@@ -98,21 +113,30 @@ def choose(kernel: KernelOption, precision: PrecisionOption, device: torch.devic
             the active set and the values are those of float32), or ``auto``: certified where the processor multiplies
             bfloat16 and the compiled loops are there.
         device: where the training runs. On CUDA the dense step multiplies in bfloat16 with float32 master weights,
-            or in float32 if `precision` says so.
+            or in float32 if `precision` says so; the sparse step is Triton's.
 
     Raises:
         UsageError: the sparse step or the certified encoder is asked for where it is not there.
     """
+    if kernel == "dense" and precision == "certified":
+        raise UsageError("--kernel dense with --precision certified: only sparse steps have a certified encoder")
+    if device.type == "cuda" and kernel != "dense" and importlib.util.find_spec("triton"):
+        certify = precision != "fp32"
+        why = f"Triton, {'certified bf16 encoder' if certify else 'fp32 encoder'}"
+        if kernel == "sparse":
+            return Choice("sparse", f"asked for; {why}", device, "triton", certify, False, None)
+        bf16 = precision == "auto"
+        why += f"; {'bf16 products, fp32 master weights' if bf16 else 'fp32'} in dense steps"
+        matmul_dtype = torch.bfloat16 if bf16 else None
+        return Choice("auto", f"dense or sparse by density; {why}", device, "triton", certify, True, matmul_dtype)
     if device.type != "cpu":
         if kernel == "sparse" or precision == "certified":
             option = "--kernel sparse" if kernel == "sparse" else "--precision certified"
-            raise UsageError(f"{option}: only on the CPU so far; leave it out or use --device cpu")
+            raise UsageError(f"{option}: only on the CPU, and on CUDA with triton; leave it out or use --device cpu")
         bf16 = device.type == "cuda" and precision == "auto"
         why = f"{device.type}: {'bf16 products, fp32 master weights' if bf16 else 'fp32'}"
         return Choice("dense", why, device, None, False, True, torch.bfloat16 if bf16 else None)
     if kernel == "dense":
-        if precision == "certified":
-            raise UsageError("--kernel dense with --precision certified: only sparse steps have a certified encoder")
         return Choice("dense", "asked for; fp32, closed-form gradients", device, None, False, True, None)
     loops = library.load()
     if loops is None:
@@ -177,7 +201,13 @@ class AdaptiveKernel:
 
     def backward(self, x: torch.Tensor, weights: Weights, into: GradientBuffer, **arguments: Any) -> Gradients:
         """See `Kernel.backward`; afterwards chooses the next step's kernel from this one's density."""
-        gradients = self._current().backward(x, weights, into, **arguments)
+        try:
+            gradients: Gradients = self._current().backward(x, weights, into, **arguments)
+        except TooManyEntriesError:
+            if self._dense is None:
+                raise
+            self._use_sparse = False
+            gradients = self._dense.backward(x, weights, into, **arguments)
         if self._crossover is not None and len(x):
             density = float(gradients.result.l0.mean()) / len(weights.b_enc)
             if self._use_sparse and density > self._crossover * _HYSTERESIS:

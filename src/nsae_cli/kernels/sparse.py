@@ -20,8 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from nsae_cli.kernels.adam import Adam
-from nsae_cli.kernels.entries import Columns, Entries, SparseOps
-from nsae_cli.kernels.native_ops import NativeOps
+from nsae_cli.kernels.entries import Columns, Entries, SparseOps, UpdatingOps
 from nsae_cli.kernels.types import Activation, Penalty, StepResult, Weights
 from nsae_cli.kernels.update import GradientBuffer
 
@@ -99,7 +98,11 @@ class SparseStep:
         norms = torch.linalg.vector_norm(weights.W_dec, dim=1) if penalty.uses_decoder_norms else None
         norms_here = None if norms is None else norms[entries.cols]
         act_slope, norm_slope = penalty.slopes(acts, norms_here)
-        delta = torch.addcmul(row_pull * dots, row_sparsity, torch.as_tensor(act_slope, dtype=x.dtype, device=x.device))
+        delta = row_pull * dots
+        if isinstance(act_slope, torch.Tensor):
+            delta.addcmul_(row_sparsity, act_slope)
+        else:  # a number stays on the host: as a tensor it would be copied to the device, which waits
+            delta.add_(row_sparsity, alpha=act_slope)
         activation.scale_by_derivative_(delta, acts)
         columns = ops.by_feature(entries, len(weights.b_enc), delta, row_pull * acts, dots)
 
@@ -191,7 +194,7 @@ class SparseGradients:
     @property
     def can_update(self) -> bool:
         """Whether `update` is there."""
-        return isinstance(self.ops, NativeOps)
+        return isinstance(self.ops, UpdatingOps)
 
     @torch.no_grad()
     def update(self, adam: Adam, decoder: str, lr: float) -> None:
@@ -203,7 +206,7 @@ class SparseGradients:
                 perpendicular to them, ∂W_dec,j − ⟨∂W_dec,j, d_j⟩ d_j.
             lr: learning rate.
         """
-        assert isinstance(self.ops, NativeOps)
+        assert isinstance(self.ops, UpdatingOps)
         along = self.along
         if decoder == "unit":
             length_sq = torch.linalg.vecdot(self.weights.W_dec, self.weights.W_dec)
