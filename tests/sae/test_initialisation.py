@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nsae_cli.sae.autoencoder import SparseAutoencoder
-from nsae_cli.sae.init import geometric_median, initialise
+from nsae_cli.sae.init import INITIAL_THRESHOLD, geometric_median, initialise
+from nsae_cli.sae.nonlinearity import make_nonlinearity
 
 
 def rows(count: int = 1500, d_in: int = 24, sinks: int = 12) -> torch.Tensor:
@@ -20,8 +21,8 @@ def rows(count: int = 1500, d_in: int = 24, sinks: int = 12) -> torch.Tensor:
 def start(act: str, decoder: str, d_sae: int = 192, seed: int = 0) -> tuple[SparseAutoencoder, torch.Tensor]:
     x = rows()
     median = geometric_median(x[12:])
-    generator = torch.Generator().manual_seed(seed)
-    return SparseAutoencoder(act, initialise(act, decoder, d_sae, x, median, generator)), x
+    weights = initialise(make_nonlinearity(act), decoder, d_sae, x, median, torch.Generator().manual_seed(seed))
+    return SparseAutoencoder(act, weights), x
 
 
 ALLOWED = [
@@ -72,11 +73,13 @@ def test_a_bounded_decoder_too_short_for_the_rows_is_nearly_saturated():
 @pytest.mark.parametrize(("act", "decoder"), ALLOWED)
 def test_rows_that_are_all_equal_or_never_fire_give_finite_weights(act, decoder):
     x = torch.ones(10, 4)
-    weights = initialise(act, decoder, 8, x, geometric_median(x), torch.Generator().manual_seed(0))
+    weights = initialise(make_nonlinearity(act), decoder, 8, x, geometric_median(x), torch.Generator().manual_seed(0))
     assert all(tensor.isfinite().all() for tensor in weights.tensors())
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(1, 4, generator=generator, dtype=torch.float64).float()
-    weights = initialise(act, decoder, 1, -direction, torch.zeros(4), torch.Generator().manual_seed(0))
+    weights = initialise(
+        make_nonlinearity(act), decoder, 1, -direction, torch.zeros(4), torch.Generator().manual_seed(0)
+    )
     assert all(tensor.isfinite().all() for tensor in weights.tensors())
 
 

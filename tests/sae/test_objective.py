@@ -39,6 +39,7 @@ NORMS = torch.tensor([2.0, 0.5, 0.25], dtype=torch.float64)
         ("l1", [0.7, 0.4]),
         ("l1-decoder-norm", [1.0 + 0.05, 0.2 + 0.15]),
         ("tanh", [math.tanh(4.0) + math.tanh(0.2), math.tanh(0.8) + math.tanh(0.6)]),
+        ("l0", [2.0, 2.0]),
     ],
 )
 def test_penalties(penalty, expected):
@@ -125,7 +126,7 @@ def raw_loss(sae: SparseAutoencoder, x, sparsity: str, p: int, q: int, beta: flo
     error = f @ W.W_dec + W.b_dec - x
     n = (x**2).sum(1).sqrt()
     contribution = f * (W.W_dec**2).sum(1).sqrt()
-    terms = {"l1": f, "l1-decoder-norm": contribution, "tanh": (4 * contribution * s).tanh()}
+    terms = {"l1": f, "l1-decoder-norm": contribution, "tanh": (4 * contribution * s).tanh(), "l0": (f > 0).double()}
     return float((n**-p * (error**2).sum(1) + beta * n**-q * terms[sparsity].sum(1)).mean())
 
 

@@ -81,7 +81,7 @@ def test_a_tanh_relu_sae_is_never_read_as_relu_nor_any_unknown_one(tmp_path):
     save(tmp_path / "sae", "tanh-relu")
     path = tmp_path / "sae" / "cfg.json"
     assert json.loads(path.read_text())["architecture"] == "nsae_tanh_relu"
-    path.write_text(path.read_text().replace("nsae_tanh_relu", "jumprelu"))
+    path.write_text(path.read_text().replace("nsae_tanh_relu", "gated"))
     with pytest.raises(ArtifactError, match="unknown architecture"):
         load_sae(tmp_path / "sae")
 

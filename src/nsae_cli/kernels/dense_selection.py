@@ -71,7 +71,7 @@ class _AboveThreshold(DenseSelection):
         self._band = self._threshold  # of the present block; a shared buffer
 
     def apply_(self, pre_acts: torch.Tensor) -> None:
-        self._band = scratch.buffer("band", *pre_acts.shape, pre_acts.dtype, pre_acts.device)
+        self._band = scratch.buffer("band", len(pre_acts), pre_acts.shape[1], pre_acts.dtype, pre_acts.device)
         gap = torch.sub(pre_acts, self._threshold, out=self._band)
         pre_acts.masked_fill_(gap <= 0, 0)
         in_band_(gap, self._bandwidth)

@@ -104,7 +104,12 @@ class SparseStep:
         log_threshold = None
         if weights.log_threshold is not None and band is not None and selection.bandwidth is not None:
             log_threshold = threshold_gradient_of_entries(
-                weights.log_threshold, entries.cols, band * delta, band * row_sparsity, selection.bandwidth, penalty.jump
+                weights.log_threshold,
+                entries.cols,
+                band * delta,
+                band * row_sparsity,
+                selection.bandwidth,
+                penalty.jump,
             )
         activation.scale_by_derivative_(delta, acts)
         columns = ops.by_feature(entries, len(weights.b_enc), delta, row_pull * acts, dots)
