@@ -61,7 +61,7 @@ def command(
     ] = "auto",
     bandwidth: Annotated[
         str | None,
-        typer.Option(metavar="FLOAT", help="* jumprelu: ε of its thresholds' gradient, scaled units [default: 0.1]."),
+        typer.Option(metavar="FLOAT", help="* jumprelu: ε of its thresholds' gradient, scaled units [default: 0.05]."),
     ] = None,
     noise: Annotated[
         str, typer.Option(metavar="FLOAT", help="* σ of training noise on pre-activations, in scaled units.")

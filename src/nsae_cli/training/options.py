@@ -33,7 +33,7 @@ LR_DECAY = 0.2
 #: k of topk and batchtopk, where there are at least eight times as many features.
 DEFAULT_K = 32
 #: ε of jumprelu, in scaled units.
-DEFAULT_BANDWIDTH = 0.1
+DEFAULT_BANDWIDTH = 0.05
 
 _PENALISED = frozenset({"relu", "tanh-relu", "jumprelu"})
 _TOP_K = frozenset({"topk", "batchtopk"})
