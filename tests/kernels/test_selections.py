@@ -82,7 +82,7 @@ def check(
         least, exact = found[0].least_act, expected[0].least_act
         assert (least is None) == (exact is None)
         if least is not None and exact is not None:
-            torch.testing.assert_close(least.double(), exact, rtol=1e-5, atol=0)
+            torch.testing.assert_close(least.double(), exact, rtol=0, atol=relative)  # sums of numbers of order 1
     return found[0]
 
 
@@ -108,7 +108,7 @@ def test_jumprelu_at_every_bandwidth(make, dtype, relative, penalty, width, band
 
 
 @pytest.mark.parametrize(
-    ("shift", "share"), [(4.0, (0, 0)), (1.5, (1e-9, 0.02)), (0.0, (0.05, 0.4)), (-4.0, (0.35, 0.6))]
+    ("shift", "share"), [(4.0, (0, 0)), (2.5, (1e-9, 0.05)), (0.0, (0.05, 0.45)), (-4.0, (0.45, 0.6))]
 )
 @pytest.mark.parametrize(("make", "dtype", "relative"), KERNELS)
 def test_jumprelu_at_every_density(make, dtype, relative, shift, share):
@@ -223,13 +223,13 @@ def test_jumprelu_by_hand():
 
 def test_jumprelu_thresholds_follow_the_expected_loss():
     """z uniform on [0, 2], f = z·H(z − θ), x̂ = .6·f, x = z: the expected loss ½∫ ((.6z·H − z)² + v·H) dz has the
-    derivative −½·[(.6θ − θ)² − θ² + v] in θ. The pseudo-derivative is its estimate from a band: exact up to ε²."""
+    derivative −½·[(.6θ − θ)² − θ² + v] in θ. The pseudo-derivative estimates it from a band; the bias is O(ε)."""
     rows, theta, v = 400_000, 0.7, 0.3
     x = (torch.arange(rows, dtype=torch.float64)[:, None] + 0.5) * (2 / rows)
     one = torch.ones(1, dtype=torch.float64)
     weights = Weights(one[:, None], 0 * one, 0.6 * one[:, None], 0 * one, (theta * one).log())
     expected = -0.5 * ((0.6 * theta - theta) ** 2 - theta**2 + v)
-    for bandwidth, error in ((0.1, 2e-3), (0.02, 1e-4)):
+    for bandwidth in (0.1, 0.02, 0.004):
         gradients = weights.zeros_like()
         mean = torch.full((rows,), 1 / rows, dtype=torch.float64)
         DenseStep()(
@@ -237,7 +237,7 @@ def test_jumprelu_thresholds_follow_the_expected_loss():
             sparsity_weight=v * mean,
         )  # fmt: skip
         assert gradients.log_threshold is not None
-        assert float(gradients.log_threshold) / theta == pytest.approx(expected, abs=error)
+        assert float(gradients.log_threshold) / theta == pytest.approx(expected, abs=0.04 * bandwidth)
 
 
 @pytest.mark.parametrize("penalty", ["l0", "l1"])
