@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_dense_step import Problem
+from problems import Problem
 
 from nsae_cli.kernels.auxk import default_k_aux, with_auxiliary_loss
 from nsae_cli.kernels.dense import DenseStep

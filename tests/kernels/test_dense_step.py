@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from problems import Problem, assert_same
 
 from nsae_cli.kernels.dense import DenseStep
 from nsae_cli.kernels.reference import step_gradients
@@ -16,66 +17,6 @@ from nsae_cli.sae.penalty import PENALTIES
 # (B, d, F): a single row, one dimension, one feature, the widths that kernels get wrong, primes.
 SHAPES = [(1, 5, 7), (6, 1, 9), (5, 4, 1), (33, 16, 1023), (17, 13, 31), (128, 24, 96)]
 COMBINATIONS = list(itertools.product(NONLINEARITIES, PENALTIES))
-
-
-class Problem:
-    """Random inputs of a step."""
-
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, bias: float = -0.2, noisy: bool = False):
-        rows, d_in, d_sae = shape
-        generator = torch.Generator().manual_seed(rows * 10007 + d_in * 101 + d_sae)
-
-        def randn(*size: int) -> torch.Tensor:
-            return torch.randn(*size, generator=generator, dtype=torch.float64)
-
-        self.x = (randn(rows, d_in) * 1.5).to(dtype)
-        self.weights = Weights(
-            (randn(d_in, d_sae) / d_in**0.5).to(dtype),
-            (randn(d_sae) * 0.3 + bias).to(dtype),
-            (randn(d_sae, d_in) / d_sae**0.5).to(dtype),
-            (randn(d_in) * 0.2).to(dtype),
-        )
-        self.error_weight = (torch.rand(rows, generator=generator, dtype=torch.float64) / rows).to(dtype)
-        self.sparsity_weight = (torch.rand(rows, generator=generator, dtype=torch.float64) * 0.3 / rows).to(dtype)
-        self.noise = (randn(rows, d_sae) * 0.2).to(dtype) if noisy else None
-
-    def to(self, dtype: torch.dtype) -> Problem:
-        other = object.__new__(Problem)
-        other.x, other.weights = self.x.to(dtype), self.weights.to(dtype)
-        other.error_weight, other.sparsity_weight = self.error_weight.to(dtype), self.sparsity_weight.to(dtype)
-        other.noise = None if self.noise is None else self.noise.to(dtype)
-        return other
-
-    def run(self, step, act: str, penalty: str) -> tuple[StepResult, Weights]:
-        # Garbage in the gradients must not survive.
-        gradients = Weights(*(torch.full_like(tensor, 7.0) for tensor in self.weights.tensors()))
-        result = step(
-            self.x,
-            self.weights,
-            gradients,
-            activation=NONLINEARITIES[act],
-            penalty=PENALTIES[penalty],
-            error_weight=self.error_weight,
-            sparsity_weight=self.sparsity_weight,
-            noise=self.noise,
-        )
-        return result, gradients
-
-
-def assert_same(found: tuple[StepResult, Weights], expected: tuple[StepResult, Weights], relative: float) -> None:
-    result, gradients = found
-    exact, exact_gradients = expected
-    for name in ("error", "sq_error", "penalty", "l1"):
-        assert_close(getattr(result, name), getattr(exact, name), relative, name)
-    assert torch.equal(result.l0.double(), exact.l0.double())
-    assert torch.equal(result.fired, exact.fired)
-    for name, gradient in gradients.named().items():
-        assert_close(gradient, exact_gradients.named()[name], relative, name)
-
-
-def assert_close(found: torch.Tensor, expected: torch.Tensor, relative: float, name: str) -> None:
-    scale = float(expected.double().abs().max()) + 1e-300
-    assert float((found.double() - expected.double()).abs().max()) <= relative * scale, name
 
 
 @pytest.mark.parametrize("noisy", [False, True])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_dense_step import Problem, assert_same
+from problems import Problem, assert_same
 
 from nsae_cli.kernels.dense import DenseStep
 from nsae_cli.kernels.native import library

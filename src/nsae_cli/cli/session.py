@@ -78,6 +78,13 @@ class Session:
         else:
             print_text(str(path))
 
+    def finish_measurement(self, command: str, result: dict[str, Any], show: Callable[[], RenderableType]) -> None:
+        """Prints a result that is no artifact."""
+        if self.json:
+            print_json({"command": command, "artifact": None, "result": result})
+        else:
+            print_result(show())
+
     def finish_rows(self, command: str, rows: list[dict[str, Any]], show: Callable[[], RenderableType]) -> None:
         """Prints a list that is no artifact, a line per entry however wide where stdout is no terminal."""
         if self.json:

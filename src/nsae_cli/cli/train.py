@@ -95,6 +95,17 @@ def command(
     ] = "524288",
     seed: Annotated[str, typer.Option(metavar="INT", help="* Of data order, initialisation and noise.")] = "0",
     device: Device = "auto",
+    kernel: Annotated[
+        str,
+        typer.Option(metavar="auto|dense|sparse", help="Training step: by density, or always dense or sparse (exact)."),
+    ] = "auto",
+    precision: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|fp32|certified",
+            help="Encoder of sparse steps: fp32, or bf16 with a bound that misses no active feature.",
+        ),
+    ] = "auto",
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Only deterministic kernels (CUDA).")] = False,
     checkpoint_every: Annotated[str, typer.Option(metavar="TIME|STEPS", help="How often to save a checkpoint.")] = "5m",
     name: Name = None,

@@ -54,10 +54,10 @@ class Adam:
         """First and second moments, laid out as the weights are: to be updated in place after `step_biases`."""
         return self._moments["exp_avg"], self._moments["exp_avg_sq"]
 
-    def numbers(self, lr: float) -> tuple[float, float, float, float, float]:
-        """β₁, β₂, ε, lr/(1 − β₁^t), 1/√(1 − β₂^t) of the present step t, of p −= step_size·m/(√v·inverse_root + ε)."""
+    def numbers(self, lr: float) -> tuple[float, float, float, float, float, float]:
+        """1 − β₁, β₂, 1 − β₂, ε, lr/(1 − β₁^t) and 1/√(1 − β₂^t) of the present step t."""
         (first, second), steps = self._betas, self._taken
-        return first, second, self._eps, lr / (1 - first**steps), (1 - second**steps) ** -0.5
+        return 1 - first, second, 1 - second, self._eps, lr / (1 - first**steps), (1 - second**steps) ** -0.5
 
     @torch.no_grad()
     def _apply(self, gradients: dict[str, torch.Tensor], lr: float) -> None:
@@ -80,6 +80,9 @@ class Adam:
             eps=self._eps,
             maximize=False,
         )
+        for name in names:
+            # Fused Adam writes without counting the version up, by which others see that weights have changed.
+            torch.autograd.graph.increment_version(weights[name])
 
     def _count(self) -> None:
         self._taken += 1

@@ -17,12 +17,12 @@ decides is off by at most u·(d + 3)‖x‖‖w‖ + u·(|b| + |noise|) + u|z|, 
 hardware takes for zero change each of the d products by at most 2⁻¹²⁶·(|ŷ_k| + |ŵ_k|) and round results by 2⁻¹²⁶.
 Everything that has to do with row i alone is in A_i, C_i and `slack`, so that the test of an entry is
 
-    z̃ + (b + c·w) + noise + A_i‖w‖ + C_i‖w − ŵ‖ + r·(|z̃| + |b + c·w| + |noise|) > t − slack
+    z̃ + (b + c·w) + noise + A_i‖w‖ + C_i‖w − ŵ‖ + r|z̃| + 2⁻²⁰(|b + c·w| + |noise|) > t − slack
     A_i = ‖y − ŷ‖ + 2u(d + 8)‖ŷ‖ + u(d + 8)(‖x‖ + ‖c‖) + 2u‖y‖,   C_i = (1 + 2u(d + 8))‖ŷ‖,   r = 2⁻⁸ + 2⁻²⁰.
 
-r's second part pays for the float32 arithmetic of the test itself, and all norms are rounded up. An entry that passes
-is evaluated in float32 from x and w themselves: the active set and its values are those of float32. About 1.2 to 1.4
-entries are evaluated for one that is active. The test is one-sided: what fails it is not active in any evaluation.
+The parts with 2⁻²⁰ pay for the float32 arithmetic of the test itself, and all norms are rounded up. An entry that
+passes is evaluated in float32 from x and w themselves: the active set and its values are those of float32. About 1.2
+to 1.4 entries are evaluated for one that is active. The test is one-sided: what fails it is active in no evaluation.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from dataclasses import dataclass
 import torch
 
 _U = 2.0**-24
+_OF_TEST = 2.0**-20
 #: r of the test: the result's rounding to bfloat16 and the test's own float32 arithmetic.
-RELATIVE = 2.0**-8 + 2.0**-20
+RELATIVE = 2.0**-8 + _OF_TEST
 #: Norms are float32 sums: relative error below (d/2 + 2)·u, and below this for d up to 2¹³; longer rows are summed in
 #: parts by torch, with less error.
 _ROUND_UP = 1 + 2.0**-10
@@ -76,6 +77,12 @@ def round_rows(x: torch.Tensor, centre: torch.Tensor) -> RoundedRows:
     slack = d * _SMALLEST * (back_norm + 2)
     row_a += d * _SMALLEST
     return RoundedRows(rounded, row_a * _ROUND_UP, back_norm * (1 + 2 * _U * (d + 8)) * _ROUND_UP, slack)
+
+
+def bias_of_test(encoder: torch.Tensor, b_enc: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
+    """b + c·w and 2⁻²⁰ of its size, float32 [F]. encoder: float32 [F, d]."""
+    bias = torch.addmv(b_enc, encoder, centre)
+    return bias + bias.abs() * _OF_TEST
 
 
 def has_bf16_products() -> bool:

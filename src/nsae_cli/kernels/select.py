@@ -16,13 +16,11 @@ from nsae_cli.kernels import calibration, certified
 from nsae_cli.kernels.dense import DenseStep
 from nsae_cli.kernels.native import library
 from nsae_cli.kernels.native_ops import NativeOps
+from nsae_cli.kernels.options import KernelOption, PrecisionOption
 from nsae_cli.kernels.sparse import SparseStep
 from nsae_cli.kernels.torch_ops import TorchOps
 from nsae_cli.kernels.types import Activation, Penalty, Weights
 from nsae_cli.kernels.update import GradientBuffer, Gradients
-
-KernelOption = Literal["auto", "dense", "sparse"]
-PrecisionOption = Literal["auto", "fp32", "certified"]
 
 #: A step stays with its kernel until the density is this factor past the cross-over: no flicker around it.
 _HYSTERESIS = 1.15
@@ -164,6 +162,14 @@ class AdaptiveKernel:
         """Of the step that is next."""
         return self._current().name
 
+    def describe(self) -> dict[str, Any]:
+        """For run.json: the steps that there are, and the density at which they change places."""
+        return {
+            "dense": self._dense.name if self._dense else None,
+            "sparse": self._sparse.name if self._sparse else None,
+            "crossover_density": self._crossover,
+        }
+
     def _current(self) -> DenseStep | SparseStep:
         chosen = self._sparse if self._use_sparse else self._dense
         assert chosen is not None
@@ -183,7 +189,8 @@ class AdaptiveKernel:
 
     def state(self) -> dict[str, torch.Tensor]:
         """What the next step's choice depends on, for a checkpoint: a resumed run goes on with the same kernel."""
-        return {"sparse": torch.tensor(self._use_sparse), "crossover": torch.tensor(self._crossover or 0.0).double()}
+        crossover = torch.tensor(self._crossover or 0.0, dtype=torch.float64)
+        return {"sparse": torch.tensor(self._use_sparse), "crossover": crossover}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Goes on from `state()`, as far as this installation has the kernels: else it keeps to its own."""

@@ -117,5 +117,6 @@ def _describe(plan: TrainPlan, cell: Cell, profile: HookProfile) -> dict[str, An
             "median_position0": thresholds.median_position0,
             "median_elsewhere": thresholds.median_elsewhere,
         },
+        "kernel": cell.kernel.describe(),
         "counts": {"tokens": config.steps * config.batch_size, "steps": config.steps, "zero_rows": cell.zero_rows},
     }

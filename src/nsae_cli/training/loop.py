@@ -14,6 +14,7 @@ import torch
 from nsae_cli import interrupt
 from nsae_cli.device import choose_device, one_thread_if_small
 from nsae_cli.errors import Interrupted, ResourceError
+from nsae_cli.kernels.select import Choice, choose
 from nsae_cli.reporter import Reporter, Task
 from nsae_cli.store import commit
 from nsae_cli.store.batches import Batch, BatchStream
@@ -77,6 +78,7 @@ def train(
         # Read by cuBLAS when CUDA starts; without it deterministic products are refused.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device, why = choose_device(options.device)
+    kernel = choose(options.kernel, options.precision, device)
     reporter.note(f"device {why}")
     try:
         with (
@@ -84,7 +86,7 @@ def train(
             one_thread_if_small(plan.largest_product, device) as side_by_side,
             CellPool(min(side_by_side, len(plan.configs))) as pool,
         ):
-            runs = _run(plan, finished, device, pool, options.checkpoint_every, reporter)
+            runs = _run(plan, finished, device, kernel, pool, options.checkpoint_every, reporter)
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"out of memory on {device.type} while training; lower --batch-size or --d-sae or train fewer cells"
@@ -110,6 +112,7 @@ def _run(
     plan: TrainPlan,
     finished: dict[str, dict[str, Any]],
     device: torch.device,
+    kernel: Choice,
     pool: CellPool,
     checkpoint_every: str | int,
     reporter: Reporter,
@@ -120,7 +123,7 @@ def _run(
         commit.remove_leftovers(folder)
     profiles = profile_hooks(plan, reporter)
     streams = make_streams(plan, profiles)
-    cells, kernel = make_cells(plan, profiles, device)
+    cells = make_cells(plan, profiles, device, kernel)
     reporter.note(describe_run(plan, cells, streams, kernel))
     loop = _Loop(plan, cells, streams, device, pool, _CheckpointClock(checkpoint_every), reporter)
     started = time.monotonic()

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from nsae_cli.device import DeviceOption
 from nsae_cli.errors import UsageError
 from nsae_cli.kernels.auxk import default_k_aux
+from nsae_cli.kernels.options import KernelOption, PrecisionOption
 from nsae_cli.sae.objective import DEFAULT_ALPHA, DEFAULT_DECODER, DEFAULT_SPARSITY, refused_combination
 from nsae_cli.values import Fraction, Size, split_list
 
@@ -97,6 +98,8 @@ class TrainOptions(BaseModel):
     buffer: Size = Field(524_288, gt=0, description="rows that are mixed in memory")
     seed: Annotated[list[Size], _Split] = Field([0], description="of data order, initialisation and noise")
     device: DeviceOption = "auto"
+    kernel: KernelOption = Field("auto", description="dense or sparse training steps")
+    precision: PrecisionOption = Field("auto", description="of the encoder's product in sparse steps")
     deterministic: bool = False
     checkpoint_every: Annotated[str | int, BeforeValidator(parse_interval)] = "300s"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from nsae_cli.errors import UsageError
-from nsae_cli.kernels.select import Choice, choose
+from nsae_cli.kernels.select import Choice
 from nsae_cli.kernels.types import Weights
 from nsae_cli.metrics.groups import SINKS
 from nsae_cli.reporter import Reporter
@@ -65,17 +65,16 @@ def make_streams(plan: TrainPlan, profiles: dict[str, HookProfile]) -> dict[Stre
 
 
 def make_cells(
-    plan: TrainPlan, profiles: dict[str, HookProfile], device: torch.device
-) -> tuple[dict[str, Cell], Choice]:
-    """The cells with room for their weights, which `initialise_cells` or a checkpoint fills, and their kernel."""
-    kernel = choose("auto", "auto", device)
+    plan: TrainPlan, profiles: dict[str, HookProfile], device: torch.device, kernel: Choice
+) -> dict[str, Cell]:
+    """The cells with room for their weights, which `initialise_cells` or a checkpoint fills."""
     cells = {}
     d_in = plan.store.manifest.d_in
     for name, config in plan.configs.items():
         shapes = ((d_in, config.d_sae), (config.d_sae,), (config.d_sae, d_in), (d_in,))
         weights = Weights(*(torch.zeros(shape, device=device) for shape in shapes))
         cells[name] = Cell(config, make_objective(config, profiles[config.hook], d_in), weights, kernel)
-    return cells, kernel
+    return cells
 
 
 def initialise_cells(cells: dict[str, Cell], streams: dict[StreamKey, BatchStream]) -> None:

@@ -24,7 +24,7 @@ _SIGNATURES = {
     "decode": "lllpppppp" + "ppp",
     "pack": "lllllpp",
     "gradients": "lllllppppppp" + "ppp",
-    "update": "lllll" + "ppppppp" + "i" + "pppppp" + "fffff" + "ppp",
+    "update": "lllll" + "ppppppp" + "i" + "pppppp" + "ffffff" + "ppp",
     "shadow": "lllpppp",
     "by_feature": "llppppp" + "pppppp",
     "row_sums": "lppp",

@@ -100,11 +100,12 @@ static inline float NAME(from_bf16)(uint16_t h) {
 }
 
 /* Appends to cols every j whose exact pre-activation may exceed the threshold (see `certified.py` for the bound):
-   z + bias[j] (+ noise[j]) + slack + row_a·norm[j] + row_b·rest[j] + relative·(|z| + |bias[j]| (+ |noise[j]|)) > threshold
+   z + relative·|z| + bias[j] (+ noise[j] + 2⁻²⁰|noise[j]|) + row_a·norm[j] + row_b·rest[j] > threshold − slack
 */
 static inline int64_t NAME(scan_bf16)(const uint16_t *z, const float *bias, const float *noise, const float *norm,
                                       const float *rest, float row_a, float row_b, float slack, float relative,
                                       float threshold, int64_t F, int32_t *cols) {
+    const float of_noise = 1.0f / (1 << 20);
     int64_t n = 0, j = 0;
 #ifdef HAVE_COMPRESS
     const __m512 least = _mm512_set1_ps(threshold - slack), A = _mm512_set1_ps(row_a), C = _mm512_set1_ps(row_b),
@@ -113,17 +114,14 @@ static inline int64_t NAME(scan_bf16)(const uint16_t *z, const float *bias, cons
     for (; j + 16 <= F; j += 16) {
         const __m256i half = _mm256_loadu_si256((const __m256i *)(z + j));
         const __m512 zz = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-        const __m512 b = _mm512_loadu_ps(bias + j);
-        __m512 v = _mm512_add_ps(zz, b);
-        __m512 size = _mm512_add_ps(_mm512_abs_ps(zz), _mm512_abs_ps(b));
-        if (noise) {
-            const __m512 e = _mm512_loadu_ps(noise + j);
-            v = _mm512_add_ps(v, e);
-            size = _mm512_add_ps(size, _mm512_abs_ps(e));
-        }
+        __m512 v = _mm512_add_ps(zz, _mm512_loadu_ps(bias + j));
         v = _mm512_fmadd_ps(A, _mm512_loadu_ps(norm + j), v);
         v = _mm512_fmadd_ps(C, _mm512_loadu_ps(rest + j), v);
-        v = _mm512_fmadd_ps(R, size, v);
+        v = _mm512_fmadd_ps(R, _mm512_abs_ps(zz), v);
+        if (noise) {
+            const __m512 e = _mm512_loadu_ps(noise + j);
+            v = _mm512_fmadd_ps(_mm512_set1_ps(of_noise), _mm512_abs_ps(e), _mm512_add_ps(v, e));
+        }
         const __mmask16 above = _mm512_cmp_ps_mask(v, least, _CMP_NLE_UQ);
         if (above) {
             int32_t c[16];
@@ -137,12 +135,8 @@ static inline int64_t NAME(scan_bf16)(const uint16_t *z, const float *bias, cons
 #endif
     for (; j < F; j++) {
         const float zz = NAME(from_bf16)(z[j]);
-        float v = zz + bias[j], size = fabsf(zz) + fabsf(bias[j]);
-        if (noise) {
-            v += noise[j];
-            size += fabsf(noise[j]);
-        }
-        v += row_a * norm[j] + row_b * rest[j] + relative * size;
+        float v = zz + bias[j] + row_a * norm[j] + row_b * rest[j] + relative * fabsf(zz);
+        if (noise) v += noise[j] + of_noise * fabsf(noise[j]);
         if (!(v <= threshold - slack)) cols[n++] = (int32_t)j;
     }
     return n;
@@ -207,7 +201,8 @@ static int64_t NAME(keep_largest)(int32_t *cols, float *values, int64_t n, int64
    top_k > 0: the top_k largest of those that are > 0. A guess of the row's threshold saves most of the work; it is
    lowered until enough are found, so the result does not depend on it.
    counts [rows] receives the number of entries of each row; cols and values, of `capacity` entries, the entries.
-   scratch_cols, scratch_values hold F each. norm, rest, row_a, row_b, row_slack, bias_exact: `certified.py`.
+   scratch_cols, scratch_values hold F each. bias: of the test; bias_exact, norm, rest, row_a, row_b, row_slack:
+   see `certified.py` (all but bias unused in float32).
    candidates [1] is increased by the number of entries computed anew.
    Returns how many rows were done: fewer than `rows` when less than F of the capacity is left.
 */
@@ -282,12 +277,11 @@ EXPORT void NAME(nsae_decode)(int64_t first, int64_t last, int64_t d, const int6
             const VF v0 = NAME(splat)(a0), v1 = NAME(splat)(a1), v2 = NAME(splat)(a2), v3 = NAME(splat)(a3);
             int64_t k = 0;
             for (; k + VL <= d; k += VL) {
-                VF y = LOAD(e + k);
-                y += v0 * LOAD(w0 + k);
+                VF y = v0 * LOAD(w0 + k); /* four first: the chain of roundings is a quarter as long */
                 y += v1 * LOAD(w1 + k);
                 y += v2 * LOAD(w2 + k);
                 y += v3 * LOAD(w3 + k);
-                STORE(e + k, y);
+                STORE(e + k, LOAD(e + k) + y);
             }
             for (; k < d; k++) e[k] += a0 * w0[k] + a1 * w1[k] + a2 * w2[k] + a3 * w3[k];
         }
@@ -342,41 +336,79 @@ EXPORT void NAME(nsae_pack)(int64_t first, int64_t last, int64_t B, int64_t d, i
         }
 }
 
-/* One chunk (4·VL columns) of a feature's two gradients:
-   enc = Σ delta·x[row], dec = Σ pull·error[row], over the feature's entries. */
+/* Columns of a feature that are gathered at a time: few enough for the first-level cache. */
+#define WIDE 512
+
+/* `width` ≤ WIDE columns of a feature's two gradients: enc = Σ delta·x[row], dec = Σ pull·error[row] over its entries.
+   x and error point at the first of the columns in row 0; rows are `stride` floats apart and may be read up to the next
+   multiple of 4·VL. */
 static inline void NAME(gather)(int64_t begin, int64_t end, const int32_t *rows, const float *delta, const float *pull,
-                                const float *x, const float *error, int64_t chunk, VF enc[4], VF dec[4]) {
-    for (int u = 0; u < 4; u++) enc[u] = dec[u] = NAME(splat)(0);
-    for (int64_t q = begin; q < end; q++) {
-        const float *xr = x + (int64_t)rows[q] * chunk, *er = error + (int64_t)rows[q] * chunk;
-        const VF g = NAME(splat)(delta[q]), a = NAME(splat)(pull[q]);
+                                const float *x, const float *error, int64_t stride, int64_t width, float *enc,
+                                float *dec) {
+    if (width <= 4 * VL) { /* the sums fit into registers */
+        VF g_enc[4], g_dec[4];
+        for (int u = 0; u < 4; u++) g_enc[u] = g_dec[u] = NAME(splat)(0);
+        for (int64_t q = begin; q < end; q++) {
+            const float *xr = x + (int64_t)rows[q] * stride, *er = error + (int64_t)rows[q] * stride;
+            const VF g = NAME(splat)(delta[q]), a = NAME(splat)(pull[q]);
+            for (int u = 0; u < 4; u++) {
+                g_enc[u] += g * LOAD(xr + u * VL);
+                g_dec[u] += a * LOAD(er + u * VL);
+            }
+        }
         for (int u = 0; u < 4; u++) {
-            enc[u] += g * LOAD(xr + u * VL);
-            dec[u] += a * LOAD(er + u * VL);
+            STORE(enc + u * VL, g_enc[u]);
+            STORE(dec + u * VL, g_dec[u]);
+        }
+        return;
+    }
+    memset(enc, 0, sizeof(float) * width);
+    memset(dec, 0, sizeof(float) * width);
+    int64_t q = begin;
+    for (; q + 2 <= end; q += 2) { /* rows are read in long pieces: the processor fetches ahead by itself */
+        const float *x0 = x + (int64_t)rows[q] * stride, *x1 = x + (int64_t)rows[q + 1] * stride,
+                    *e0 = error + (int64_t)rows[q] * stride, *e1 = error + (int64_t)rows[q + 1] * stride;
+        const VF g0 = NAME(splat)(delta[q]), g1 = NAME(splat)(delta[q + 1]), a0 = NAME(splat)(pull[q]),
+                 a1 = NAME(splat)(pull[q + 1]);
+        for (int64_t k = 0; k < width; k += VL) {
+            STORE(enc + k, LOAD(enc + k) + g0 * LOAD(x0 + k) + g1 * LOAD(x1 + k));
+            STORE(dec + k, LOAD(dec + k) + a0 * LOAD(e0 + k) + a1 * LOAD(e1 + k));
+        }
+    }
+    if (q < end) {
+        const float *x0 = x + (int64_t)rows[q] * stride, *e0 = error + (int64_t)rows[q] * stride;
+        const VF g0 = NAME(splat)(delta[q]), a0 = NAME(splat)(pull[q]);
+        for (int64_t k = 0; k < width; k += VL) {
+            STORE(enc + k, LOAD(enc + k) + g0 * LOAD(x0 + k));
+            STORE(dec + k, LOAD(dec + k) + a0 * LOAD(e0 + k));
         }
     }
 }
 
+/* How many columns to gather at a time when `left` of a chunk and of the row are left. */
+static inline int64_t NAME(piece)(int64_t chunk, int64_t o) {
+    const int64_t left = chunk - o, most = chunk <= 64 ? 4 * VL : WIDE;
+    return left < most ? left : most;
+}
+
 /* Gradients of features first ≤ j < last: grad_enc[j] = Σ delta·x, grad_dec[j] = Σ pull·error + along[j]·W_dec[j],
-   both [F, d], overwritten. x and error are packed; chunk is a multiple of 4·VL. */
+   both [F, d], overwritten. x and error are packed in chunks, a multiple of 64 columns. */
 EXPORT void NAME(nsae_gradients)(int64_t first, int64_t last, int64_t B, int64_t d, int64_t chunk,
                                  const int64_t *col_ptr, const int32_t *rows, const float *delta, const float *pull,
                                  const float *x, const float *error, const float *along, const float *W_dec,
                                  float *grad_enc, float *grad_dec) {
+    float enc[WIDE], dec[WIDE];
     for (int64_t k = 0; k < d; k += chunk)
         for (int64_t j = first; j < last; j++)
-            for (int64_t o = 0; o < chunk && k + o < d; o += 4 * VL) {
-                VF enc[4], dec[4];
+            for (int64_t o = 0, wide; o < chunk && k + o < d; o += wide) {
+                wide = NAME(piece)(chunk, o);
                 NAME(gather)(col_ptr[j], col_ptr[j + 1], rows, delta, pull, x + k * B + o, error + k * B + o, chunk,
-                             enc, dec);
-                const int64_t left = d - k - o, width = left < 4 * VL ? left : 4 * VL;
+                             wide, enc, dec);
+                const int64_t left = d - k - o, width = left < wide ? left : wide;
                 float *to_enc = grad_enc + j * d + k + o, *to_dec = grad_dec + j * d + k + o;
+                const float *w = W_dec + j * d + k + o;
                 memcpy(to_enc, enc, sizeof(float) * width);
-                memcpy(to_dec, dec, sizeof(float) * width);
-                if (along) {
-                    const float *w = W_dec + j * d + k + o;
-                    for (int64_t l = 0; l < width; l++) to_dec[l] += along[j] * w[l];
-                }
+                for (int64_t l = 0; l < width; l++) to_dec[l] = dec[l] + along[j] * w[l];
             }
 }
 
@@ -432,23 +464,24 @@ EXPORT void NAME(nsae_shadow)(int64_t first, int64_t last, int64_t d, const floa
     }
 }
 
-/* Adam's numbers for one step: p −= step_size · m / (√v · inverse_root + eps). */
+/* Adam's numbers for one step: p −= step_size · m / (√v · inverse_root + eps). gain1 = 1 − β1 and gain2 = 1 − β2 come
+   rounded once: taken from a float32 β2 of .999 the difference would be off by 5e-5. */
 typedef struct {
-    float beta1, beta2, eps, step_size, inverse_root;
+    float gain1, beta2, gain2, eps, step_size, inverse_root;
 } NAME(adam);
 
 static inline VF NAME(adam_vector)(VF p, VF g, float *m, float *v, const NAME(adam) * a) {
     VF first = LOAD(m), second = LOAD(v);
-    first += (g - first) * (1 - a->beta1);
-    second = second * a->beta2 + g * g * (1 - a->beta2);
+    first += (g - first) * a->gain1;
+    second = second * a->beta2 + g * g * a->gain2;
     STORE(m, first);
     STORE(v, second);
     return p - a->step_size * first / (NAME(vsqrt)(second) * a->inverse_root + a->eps);
 }
 
 static inline float NAME(adam_scalar)(float p, float g, float *m, float *v, const NAME(adam) * a) {
-    *m += (g - *m) * (1 - a->beta1);
-    *v = *v * a->beta2 + g * g * (1 - a->beta2);
+    *m += (g - *m) * a->gain1;
+    *v = *v * a->beta2 + g * g * a->gain2;
     return p - a->step_size * *m / (sqrtf(*v) * a->inverse_root + a->eps);
 }
 
@@ -456,23 +489,24 @@ static inline float NAME(adam_scalar)(float p, float g, float *m, float *v, cons
 
    grad_enc = Σ delta·x, grad_dec = Σ pull·error + along[j]·W_dec[j] (the caller has the projection in along).
    decoder: 0 free, 1 rows scaled to norm 1 afterwards, 2 rows longer than 1 scaled to 1.
-   m_*, v_*: Adam's moments, [F, d] as the weights. beta1, beta2, eps, step_size, inverse_root: NAME(adam).
+   m_*, v_*: Adam's moments, [F, d] as the weights. gain1 … inverse_root: NAME(adam).
    copy, norm, rest: as nsae_shadow, or NULL. Subnormal results are flushed to 0 on x86.
 */
 EXPORT void NAME(nsae_update)(int64_t first, int64_t last, int64_t B, int64_t d, int64_t chunk, const int64_t *col_ptr,
                               const int32_t *rows, const float *delta, const float *pull, const float *x,
                               const float *error, const float *along, int32_t decoder, float *W_enc, float *W_dec,
-                              float *m_enc, float *v_enc, float *m_dec, float *v_dec, float beta1, float beta2,
-                              float eps, float step_size, float inverse_root, uint16_t *copy, float *norm,
+                              float *m_enc, float *v_enc, float *m_dec, float *v_dec, float gain1, float beta2,
+                              float gain2, float eps, float step_size, float inverse_root, uint16_t *copy, float *norm,
                               float *rest) {
-    const NAME(adam) a = {beta1, beta2, eps, step_size, inverse_root};
+    float enc[WIDE], dec[WIDE];
+    const NAME(adam) a = {gain1, beta2, gain2, eps, step_size, inverse_root};
 #ifdef NSAE_X86
     const unsigned control = _mm_getcsr();
     _mm_setcsr(control | 0x8040); /* flush to zero, denormals are zero: a silent feature's moments decay for ever */
 #endif
     for (int64_t k = 0; k < d; k += chunk)
         for (int64_t j = first; j < last; j++) {
-            if (j + 1 < last) {
+            if (j + 1 < last && chunk <= 64) { /* longer pieces the processor fetches ahead by itself */
                 const int64_t next = (j + 1) * d + k;
                 for (int64_t o = 0; o < chunk && k + o < d; o += 16) {
                     __builtin_prefetch(W_enc + next + o, 1);
@@ -483,29 +517,25 @@ EXPORT void NAME(nsae_update)(int64_t first, int64_t last, int64_t B, int64_t d,
                     __builtin_prefetch(v_dec + next + o, 1);
                 }
             }
-            for (int64_t o = 0; o < chunk && k + o < d; o += 4 * VL) {
-                VF enc[4], dec[4];
+            for (int64_t o = 0, wide; o < chunk && k + o < d; o += wide) {
+                wide = NAME(piece)(chunk, o);
                 NAME(gather)(col_ptr[j], col_ptr[j + 1], rows, delta, pull, x + k * B + o, error + k * B + o, chunk,
-                             enc, dec);
-                const int64_t at = j * d + k + o, left = d - k - o;
-                if (left >= 4 * VL) {
-                    const VF pull_along = NAME(splat)(along[j]);
-                    for (int u = 0; u < 4; u++) {
-                        const int64_t t = at + u * VL;
-                        STORE(W_enc + t, NAME(adam_vector)(LOAD(W_enc + t), enc[u], m_enc + t, v_enc + t, &a));
-                        const VF w = LOAD(W_dec + t);
-                        STORE(W_dec + t, NAME(adam_vector)(w, dec[u] + pull_along * w, m_dec + t, v_dec + t, &a));
-                    }
-                } else {
-                    float g_enc[4 * VL], g_dec[4 * VL];
-                    memcpy(g_enc, enc, sizeof g_enc);
-                    memcpy(g_dec, dec, sizeof g_dec);
-                    for (int64_t l = 0; l < left; l++) {
-                        const int64_t t = at + l;
-                        W_enc[t] = NAME(adam_scalar)(W_enc[t], g_enc[l], m_enc + t, v_enc + t, &a);
-                        const float w = W_dec[t];
-                        W_dec[t] = NAME(adam_scalar)(w, g_dec[l] + along[j] * w, m_dec + t, v_dec + t, &a);
-                    }
+                             wide, enc, dec);
+                const int64_t at = j * d + k + o, left = d - k - o, width = left < wide ? left : wide;
+                const VF pull_along = NAME(splat)(along[j]);
+                int64_t l = 0;
+                for (; l + VL <= width; l += VL) {
+                    const int64_t t = at + l;
+                    STORE(W_enc + t, NAME(adam_vector)(LOAD(W_enc + t), LOAD(enc + l), m_enc + t, v_enc + t, &a));
+                    const VF w = LOAD(W_dec + t);
+                    STORE(W_dec + t,
+                          NAME(adam_vector)(w, LOAD(dec + l) + pull_along * w, m_dec + t, v_dec + t, &a));
+                }
+                for (; l < width; l++) {
+                    const int64_t t = at + l;
+                    W_enc[t] = NAME(adam_scalar)(W_enc[t], enc[l], m_enc + t, v_enc + t, &a);
+                    const float w = W_dec[t];
+                    W_dec[t] = NAME(adam_scalar)(w, dec[l] + along[j] * w, m_dec + t, v_dec + t, &a);
                 }
             }
         }
@@ -559,6 +589,7 @@ EXPORT void NAME(nsae_row_sums)(int64_t B, const int64_t *row_ptr, const float *
     }
 }
 
+#undef WIDE
 #undef VF
 #undef LOAD
 #undef STORE
