@@ -38,7 +38,7 @@ USAGE: list[tuple[str, list[str]]] = [
     ("train --l2-norm 2", ["--l2-norm 2", "none, norm or sq"]),
     ("train --l1-norm sq", ["--l1-norm sq", "none or norm"]),
     ("train --decoder x", ["--decoder x", "unit, free or bounded"]),
-    ("train --sparsity l2", ["--sparsity l2", "l1, l1-decoder-norm or tanh"]),
+    ("train --sparsity l2", ["--sparsity l2", "l1, l1-decoder-norm, tanh or l0"]),
     ("train --alpha-scale x", ["--alpha-scale x", "layer-norm, none or note"]),
     ("train --sinks x", ["--sinks x", "keep or drop"]),
     ("train --device gpu", ["--device gpu", "auto, cpu, cuda, cuda:N or mps"]),
@@ -145,7 +145,10 @@ def test_every_problem_at_once(finished: Path) -> None:
         "--tokens", "foo", "--noise", "nan", "--sinks", "x",
     )  # fmt: skip
     assert outcome.code == 2
-    assert "--act gelu: expected relu, tanh-relu, topk, batchtopk or jumprelu (and 5 more, listed above)" in outcome.message
+    assert (
+        "--act gelu: expected relu, tanh-relu, topk, batchtopk or jumprelu (and 5 more, listed above)"
+        in outcome.message
+    )
     for option in ("--act gelu", "--alpha x", "--lr -1", "--tokens foo", "--noise nan", "--sinks x"):
         assert [line for line in outcome.err.splitlines()[:-1] if line.startswith(f"{option}: expected")]
 

@@ -33,7 +33,11 @@ def _native(isa: str, certified: bool) -> Callable[[], Any]:
     return make
 
 
-EXACT = {"dense": DenseStep, "dense in blocks": lambda: DenseStep(block_rows=4), "torch": lambda: SparseStep(TorchOps())}
+EXACT = {
+    "dense": DenseStep,
+    "dense in blocks": lambda: DenseStep(block_rows=4),
+    "torch": lambda: SparseStep(TorchOps()),
+}
 ISAS = [isa for isa in ("base", "avx2", "avx512") if library.load(isa) is not None]
 SINGLE = EXACT | {f"{isa} {kind}": _native(isa, kind == "certified") for isa in ISAS for kind in ("fp32", "certified")}
 KERNELS = [

@@ -17,7 +17,6 @@ from nsae_cli.sae.autoencoder import SparseAutoencoder
 from nsae_cli.store import commit
 from nsae_cli.store.sae_folder import write_run, write_sae
 
-
 ACTS = ("relu", "tanh-relu", "topk", "jumprelu")
 
 

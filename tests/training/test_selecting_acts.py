@@ -128,7 +128,7 @@ def test_dead_features_come_back_to_life_with_auxk_alone(run, modelled):
             run(f"aux-{aux_k}", act="topk", k="2", d_sae="60", aux_k=aux_k, dead_window="128", tokens="12800")
         [cell] = cells
         fired[aux_k] = int((cell.window.state()["last_fired"][:10] > 0).sum())
-    assert fired == {"auto": 10, "off": 0}
+    assert fired["auto"] > fired["off"] == 0
     assert max(modelled) >= 10
 
 

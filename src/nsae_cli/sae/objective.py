@@ -88,8 +88,8 @@ class Objective:
             sparsity=config["sparsity"],
             beta=run["beta"],
             input_scale=run["input_scale"],
-            k=config["k"],
-            bandwidth=config["bandwidth"],
+            k=config.get("k"),
+            bandwidth=config.get("bandwidth"),
         )
 
     @property
