@@ -31,7 +31,8 @@ def test_a_grid_and_what_is_made_of_it(workspace: Path) -> None:
 
     analysed = nsae("--workspace", workspace, "--json", "analyze-top-norms", "acts", "--top", "2%")
     assert analysed.code == 0, analysed.err
-    results = {artifact["name"]: result for artifact, result in zip(*map(analysed.json.get, ("artifact", "result")))}
+    names = [artifact["name"] for artifact in analysed.json["artifact"]]
+    results = dict(zip(names, analysed.json["result"], strict=True))
     assert sorted(results) == sorted(f"acts-{cell}" for cell in CELLS)
     for cell in CELLS:
         result, sae = results[f"acts-{cell}"], load_sae(workspace / "saes" / "acts" / cell)

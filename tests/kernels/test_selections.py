@@ -293,3 +293,25 @@ def test_the_fused_update_takes_the_same_step(activation, decoder):
         assert not torch.equal(tensor, problem.weights.named()[name]), name
         torch.testing.assert_close(tensor, plain.named()[name], rtol=1e-4, atol=1e-5)
     assert fused_state.keys() == plain_state.keys()
+
+
+def test_batch_top_k_looks_a_few_times_at_most():
+    """After a batch with large acts comes one with hardly any: one product per guess, then one for all."""
+    problem = problem_of("batchtopk", (12, 6, 40))
+    calls: list[float] = []
+
+    class Counted(TorchOps):
+        def active(self, *arguments: Any, threshold: float, **more: Any) -> Any:
+            calls.append(threshold)
+            return super().active(*arguments, threshold=threshold, **more)
+
+    step = SparseStep(Counted())
+    run(step, problem, BatchTopK(2))
+    assert calls == [0.0]
+    guess = step._guess
+    assert guess > 0
+    problem.weights.b_enc -= 100
+    for expected in ([guess, guess / 2, guess / 4, 0.0], [0.0]):
+        calls.clear()
+        assert run(step, problem, BatchTopK(2))[0].l0.sum() == 0
+        assert calls == expected

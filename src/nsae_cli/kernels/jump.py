@@ -2,7 +2,7 @@
 
 The loss is a step function of θ_j, with derivative 0 almost everywhere. Its expectation over z is not: moving θ_j
 across an entry (row i, feature j) whose z lies there switches it off, f from θ_j to 0. With K(u) = 1 for |u| < 1/2 and
-0 elsewhere, z − θ_j within a band of width ε stands for "lies there", with density 1/ε (eqs. 11 and 12):
+0 elsewhere, z − θ_j within a band of width ε stands for "lies there", with density 1/ε (section 3):
 
     ∂f_ij/∂θ_j = −(θ_j/ε)·K((z_ij − θ_j)/ε)        ∂H(z_ij − θ_j)/∂θ_j = −(1/ε)·K((z_ij − θ_j)/ε)
 

@@ -26,6 +26,9 @@ from nsae_cli.kernels.native_ops import NativeOps
 from nsae_cli.kernels.types import Activation, Penalty, StepResult, Weights
 from nsae_cli.kernels.update import GradientBuffer
 
+#: How often batch-top-k guesses a threshold before it looks at everything that is positive.
+_ATTEMPTS = 3
+
 
 class SparseStep:
     """Callable with `reference.step_gradients`' signature; `backward` gives the gradients in their sparse form.
@@ -175,10 +178,14 @@ class SparseStep:
         find = self._ops.active
         threshold = self._guess
         entries = find(x, weights, weights.b_enc, noise=noise, threshold=threshold, top_k=None)
+        lowered = 0
         while len(entries.cols) < most and threshold > 0:
-            threshold = threshold * 0.5 if threshold > 1e-30 else 0.0
+            # Every attempt is a whole encoder product, and there may be less to find than is wanted.
+            lowered += 1
+            threshold = threshold / 2 if lowered < _ATTEMPTS else 0.0
             entries = find(x, weights, weights.b_enc, noise=noise, threshold=threshold, top_k=None)
         if len(entries.cols) <= most or not len(x):
+            self._guess = 0.0
             return entries
         least = torch.kthvalue(entries.pre_acts, len(entries.cols) - most + 1).values
         ties = entries.pre_acts == least

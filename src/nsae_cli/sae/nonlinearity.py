@@ -56,7 +56,7 @@ class TopK(_Rectified):
 
 @dataclass(frozen=True)
 class BatchTopK(_Rectified):
-    """relu of the k·B largest pre-activations of a batch of B rows (Bussmann et al., 2412.06410, eq. 5).
+    """relu of the k·B largest pre-activations of a batch of B rows (Bussmann et al., 2412.06410).
 
     A row's acts depend on the other rows, so this is for training only; see `JumpRelu.fixed`.
     """
@@ -71,7 +71,7 @@ class BatchTopK(_Rectified):
 
 @dataclass(frozen=True)
 class JumpRelu(_Rectified):
-    """z where z > θ_j, else 0 (Rajamanoharan et al., 2407.14435, eq. 5); θ_j = exp(log_threshold_j) of the weights.
+    """z where z > θ_j, else 0 (Rajamanoharan et al., 2407.14435, section 3); θ_j = exp(log_threshold_j) of the weights.
 
     Attributes:
         bandwidth: ε of the thresholds' gradient, in the units of the pre-activations; 0 for thresholds that are fixed.

@@ -78,7 +78,7 @@ class TanhPenalty:
 
 @dataclass(frozen=True)
 class L0:
-    """φ = 1 where f > 0: the number of active features (Rajamanoharan et al., 2407.14435, eq. 9).
+    """φ = 1 where f > 0: the number of active features (Rajamanoharan et al., 2407.14435, section 3).
 
     Its derivative is 0 almost everywhere; it acts on the thresholds of jumprelu alone, through `jump`.
     """

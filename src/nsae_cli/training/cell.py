@@ -120,7 +120,8 @@ class Cell:
         lr = learning_rate(step, config.steps, config.lr, config.lr_warm_up, config.lr_decay)
         self._updater.step(gradients, lr)
         self.window.update(result.fired, len(rows.norm))
-        if self._threshold is not None and result.least_act is not None:
+        if self._threshold is not None:
+            assert result.least_act is not None
             self._threshold.update(result.least_act)
         self._zero_rows += rows.zero.sum()  # stays on the device: reading it here would make every step wait
         return StepLog(result, x, error_weight, sparsity_weight, config.alpha * ramped, lr)

@@ -9,7 +9,7 @@ _NEWEST = 0.01
 
 
 class BatchThreshold:
-    """Running average of the smallest positive act of the training batches (Bussmann et al., 2412.06410, eq. 6).
+    """Running average of the smallest positive act of the training batches (Bussmann et al., 2412.06410).
 
     The paper takes the expectation over batches of a finished SAE; here it is an exponential average over training,
     ``θ ← θ + 0.01·(least − θ)`` from the first batch's on: about the last 100 steps, in which the learning rate is
