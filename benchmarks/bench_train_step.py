@@ -14,10 +14,6 @@ Both start from the same weights and see the same rows; rounds alternate, and th
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -26,12 +22,10 @@ from pathlib import Path
 import torch
 
 import nsae_cli
-from nsae_cli.kernels.select import choose
 from nsae_cli.kernels.types import Weights
-from nsae_cli.sae.objective import Objective
 from nsae_cli.store.batches import HookRows
-from nsae_cli.training.cell import Cell
-from nsae_cli.training.options import TrainOptions, expand_cells
+from nsae_side import as_rows, nsae_cell, stepper
+from record import append_rows, describe, spread, today
 
 CSV = Path(__file__).parent / "data" / "train_step.csv"
 SHAPES = ["64,512,2048", "768,6144,2048", "768,24576,2048"]
@@ -40,9 +34,7 @@ BETA = 0.5
 
 def make_rows(d_in: int, count: int) -> HookRows:
     """Rows of norm about √d_in, float16 as in a store."""
-    x = torch.randn(count, d_in, generator=torch.Generator().manual_seed(0)).half()
-    norm = torch.linalg.vector_norm(x.float(), dim=1)
-    return HookRows(x, norm, torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.bool))
+    return as_rows(torch.randn(count, d_in, generator=torch.Generator().manual_seed(0)).half())
 
 
 def make_weights(d_in: int, d_sae: int) -> Weights:
@@ -50,25 +42,6 @@ def make_weights(d_in: int, d_sae: int) -> Weights:
     W_dec = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(1))
     W_dec /= torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
     return Weights(W_dec.t().contiguous(), torch.full((d_sae,), -1.5), W_dec, torch.zeros(d_in))
-
-
-def nsae_step(weights: Weights, rows: HookRows, device: torch.device) -> Callable[[], float]:
-    """A function that takes nsae's next step and returns its loss."""
-    options = TrainOptions(d_sae=[weights.b_enc.shape[0]], batch_size=len(rows.norm), tokens=10**12)
-    [config] = expand_cells(options, ["blocks.0.hook_resid_post"], weights.b_dec.shape[0], 10**6).values()
-    objective = Objective("relu", 0, 0, "l1", beta=BETA, input_scale=1.0)
-    # No warm-ups, so that both sides take the same steps.
-    config = config.model_copy(update={"alpha_warm_up": 0.0, "lr_warm_up": 0.0})
-    cell = Cell(config, objective, weights, choose("auto", "auto", device))
-    taken = 0
-
-    def step() -> float:
-        nonlocal taken
-        log = cell.train_step(rows, taken)
-        taken += 1
-        return float((log.result.sq_error + BETA * log.result.penalty).mean())
-
-    return step
 
 
 def torch_step(weights: Weights, rows: HookRows, lr: float) -> Callable[[], float]:
@@ -96,9 +69,8 @@ def compare(d_in: int, d_sae: int, batch: int, rounds: int, device: torch.device
     """Seconds per step of each side, in rounds that alternate."""
     rows = make_rows(d_in, batch).to(device)
     start = Weights(*(tensor.to(device) for tensor in make_weights(d_in, d_sae).tensors()))
-    mine = nsae_step(start.to(torch.float32), rows, device)
-    lr = float(2e-4 * (16384 / d_sae) ** 0.5)
-    sides = {"nsae": mine, "torch": torch_step(start.to(torch.float32), rows, lr)}
+    cell = nsae_cell(start, batch_size=batch, beta=BETA)
+    sides = {"nsae": stepper(cell, rows), "torch": torch_step(start.to(torch.float32), rows, cell.config.lr)}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     losses: dict[str, float] = {}
     for number in range(rounds + 1):
@@ -115,43 +87,27 @@ def compare(d_in: int, d_sae: int, batch: int, rounds: int, device: torch.device
 
 def record(shape: tuple[int, int, int], seconds: dict[str, list[float]], device: torch.device) -> None:
     """Appends a row per side."""
-    CSV.parent.mkdir(exist_ok=True)
-    new = not CSV.exists()
-    with CSV.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if new:
-            head = "date,device,threads,torch,nsae,d_in,d_sae,batch,side,rounds,median_s,p20_s,p80_s,ratio_to_torch"
-            writer.writerow(head.split(","))
-        base = statistics.median(seconds["torch"])
-        for name, values in seconds.items():
-            low, *_, high = statistics.quantiles(values, n=5) if len(values) > 1 else (values[0], values[0])
-            median = statistics.median(values)
-            writer.writerow(
-                [
-                    datetime.datetime.now(datetime.UTC).date().isoformat(),
-                    describe(device),
-                    torch.get_num_threads(),
-                    torch.__version__,
-                    nsae_cli.__version__,
-                    *shape,
-                    name,
-                    len(values),
-                    *(f"{value:.5f}" for value in (median, low, high)),
-                    f"{base / median:.2f}",
-                ]
-            )
-
-
-def describe(device: torch.device) -> str:
-    """The device's name for the table."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
-    return f"{model} ({os.cpu_count()} cores)"
+    base = statistics.median(seconds["torch"])
+    rows = []
+    for name, values in seconds.items():
+        median, low, high = spread(values)
+        rows.append(
+            {
+                "date": today(),
+                "device": describe(device),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "nsae": nsae_cli.__version__,
+                **dict(zip(("d_in", "d_sae", "batch"), shape, strict=True)),
+                "side": name,
+                "rounds": len(values),
+                "median_s": f"{median:.5f}",
+                "p20_s": f"{low:.5f}",
+                "p80_s": f"{high:.5f}",
+                "ratio_to_torch": f"{base / median:.2f}",
+            }
+        )
+    append_rows(CSV, rows)
 
 
 def main() -> None:

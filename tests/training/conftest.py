@@ -14,6 +14,7 @@ from nsae_cli.store.shards import ActivationStore, open_activations
 from nsae_cli.store.workspace import Workspace
 from nsae_cli.training.loop import TrainResult, train
 from nsae_cli.training.options import TrainOptions
+from nsae_cli.training.source import StoreSource
 from nsae_cli.values import validate_options
 
 #: Small, but with everything that a run can have: several epochs and windows, logs, warm-ups, decay.
@@ -61,6 +62,7 @@ def run(store: ActivationStore, workspace: Workspace, listener: Listener) -> Cal
 
     def run(name: str | None = None, store: ActivationStore = store, **options: Any) -> TrainResult:
         given = SMALL | {"layers": "4"} | options
-        return train(validate_options(TrainOptions, given), store, workspace, name, listener)
+        validated = validate_options(TrainOptions, given)
+        return train(validated, StoreSource(store, validated), workspace, name, listener)
 
     return run

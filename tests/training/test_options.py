@@ -8,8 +8,8 @@ from hand_store import make_rows, write_foreign
 from nsae_cli.errors import UsageError
 from nsae_cli.store.shards import open_activations
 from nsae_cli.training.options import TrainOptions, default_lr, expand_cells
-from nsae_cli.training.plan import select_hooks
 from nsae_cli.training.schedule import learning_rate, ramp
+from nsae_cli.training.source import select_hooks
 from nsae_cli.values import validate_options
 
 HOOK = "blocks.6.hook_resid_post"

@@ -10,6 +10,7 @@ from nsae_cli.reporter import SilentReporter
 from nsae_cli.store.workspace import Workspace
 from nsae_cli.training.loop import train
 from nsae_cli.training.options import TrainOptions
+from nsae_cli.training.source import StoreSource
 from nsae_cli.values import validate_options
 
 D_IN, DIRECTIONS, ACTIVE, ROWS = 64, 96, 3, 131_072
@@ -28,7 +29,7 @@ def test_planted_directions_are_recovered(tmp_path):
     options = validate_options(
         TrainOptions, {"d_sae": DIRECTIONS, "tokens": 4000 * 512, "batch_size": 512, "device": "cpu"}
     )
-    result = train(options, store, Workspace(tmp_path / "runs"), None, SilentReporter())
+    result = train(options, StoreSource(store, options), Workspace(tmp_path / "runs"), None, SilentReporter())
 
     W_dec = load_sae(result.artifacts[0].path).weights.W_dec
     best = (planted @ torch.nn.functional.normalize(W_dec, dim=1).T).max(dim=1).values

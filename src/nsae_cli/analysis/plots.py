@@ -10,7 +10,7 @@ import torch
 
 from nsae_cli.errors import ArtifactError
 from nsae_cli.report.figures import activation_figure, save_png, training_curves
-from nsae_cli.report.format import source_line
+from nsae_cli.report.format import source_line, trained_on
 from nsae_cli.reporter import Reporter
 from nsae_cli.sae.nonlinearity import NONLINEARITIES
 from nsae_cli.store import commit
@@ -52,7 +52,7 @@ def draw_training(references: Sequence[str], workspace: Workspace, name: str | N
             raise ArtifactError(f"{log} cannot be read ({error}); train the SAE again") from error
         curves.append((artifact.path.name, rows))
         run = read_json(artifact.path / artifact.kind.mark)
-        captions[f"activations {run['inputs']['activations']['name']}, {source_line(run)}"] = None
+        captions[f"{trained_on(run)}, {source_line(run)}"] = None
     groups = {artifact.name.partition("/")[0] for artifact in artifacts}
     path = _place(workspace, name or (groups.pop() if len(groups) == 1 else "training"))
     save_png(training_curves(curves, "; ".join(captions)), path)

@@ -168,10 +168,15 @@ def _difference(document: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 def _store_of(saved: SavedSae, activations: str | None, workspace: Workspace) -> ActivationStore:
-    trained_on = saved.run["inputs"]["activations"]
     if activations is not None:
         [artifact] = workspace.find(Kind.ACTIVATIONS, activations)
         return open_activations(artifact.path)
+    trained_on = saved.run["inputs"].get("activations")
+    if trained_on is None:
+        raise UsageError(
+            f"{saved.path.name} was trained on {saved.run['model']} as it ran, not on a store; collect {saved.hook} "
+            f"with `nsae collect` and name the store with --activations"
+        )
     try:
         [artifact] = workspace.find(Kind.ACTIVATIONS, trained_on["name"])
     except UsageError as error:

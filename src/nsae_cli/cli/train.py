@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import RenderableType
 
 from nsae_cli.cli.options import Device, Name, given
 from nsae_cli.cli.session import session_of
+from nsae_cli.errors import UsageError
 from nsae_cli.store.workspace import Kind
+
+
+def _harvest(metavar: str | None, help: str, flags: str | None = None) -> Any:
+    """An option that belongs to ``--from-model``; None where it is not given, so that it can be refused elsewhere."""
+    flag = () if flags is None else (flags,)
+    return typer.Option(*flag, metavar=metavar, help=f"† {help}")
 
 
 def command(
     context: typer.Context,
     activations: Annotated[
         str | None, typer.Argument(metavar="ACTIVATIONS", help="Store: a name or a path [default: the newest].")
+    ] = None,
+    from_model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID|DIR|mini|mini-sink", help="Instead of a store: train on what this model makes of the corpus."
+        ),
     ] = None,
     act: Annotated[str, typer.Option(metavar="relu|tanh-relu|topk|batchtopk|jumprelu", help="* Activation.")] = "relu",
     l2_norm: Annotated[
@@ -71,7 +84,10 @@ def command(
     ] = None,
     d_sae: Annotated[str | None, typer.Option(metavar="SIZE", help="* Number of features instead.")] = None,
     layers: Annotated[
-        str | None, typer.Option(metavar="all|6|0,3|0-3", help="Which stored layers [default: all of them].")
+        str | None,
+        typer.Option(
+            metavar="all|6|0,3|0-3", help="Which layers [default: all of a store, the middle one of a model]."
+        ),
     ] = None,
     tokens: Annotated[
         str | None,
@@ -94,6 +110,26 @@ def command(
         str, typer.Option(metavar="SIZE", help="Rows that are mixed in memory at a time; bounds host memory.")
     ] = "524288",
     seed: Annotated[str, typer.Option(metavar="INT", help="* Of data order, initialisation and noise.")] = "0",
+    revision: Annotated[str | None, _harvest("REV", "Branch, tag or commit of a hub model.")] = None,
+    corpus: Annotated[str | None, _harvest("ID|FILE|DIR|builtin", "Text [default: by the model].")] = None,
+    corpus_config: Annotated[str | None, _harvest("NAME", "Configuration of a hub data set.")] = None,
+    split: Annotated[str | None, _harvest("NAME", "Split of a hub data set or of builtin [default: train].")] = None,
+    text_column: Annotated[str | None, _harvest("NAME", "Column that holds the text [default: text].")] = None,
+    site: Annotated[str | None, _harvest("resid_post|resid_pre", "After (default) or before the block.")] = None,
+    context_size: Annotated[str | None, _harvest("INT", "Tokens per context [default: 128].", "--context")] = None,
+    packing: Annotated[
+        bool | None, _harvest(None, "Documents share contexts [default: packing].", "--packing/--no-packing")
+    ] = None,
+    bos: Annotated[
+        bool | None, _harvest(None, "Each context starts with <|endoftext|> [default: bos].", "--bos/--no-bos")
+    ] = None,
+    harvest_batch_size: Annotated[
+        str | None, _harvest("INT", "Contexts per forward pass [default: by the device].")
+    ] = None,
+    dtype: Annotated[str | None, _harvest("fp16|bf16|fp32", "What vectors are rounded to [default: fp16].")] = None,
+    model_dtype: Annotated[
+        str | None, _harvest("auto|fp16|bf16|fp32", "Computation; auto is bf16 on CUDA, else fp32 [default: auto].")
+    ] = None,
     device: Device = "auto",
     kernel: Annotated[
         str,
@@ -110,23 +146,33 @@ def command(
     checkpoint_every: Annotated[str, typer.Option(metavar="TIME|STEPS", help="How often to save a checkpoint.")] = "5m",
     name: Name = None,
 ) -> None:
-    """Train sparse autoencoders on a store.
+    """Train sparse autoencoders on a store or a model.
 
     Options marked * take a comma list: a grid of SAEs that learns from one pass over the activations.
+    Those marked † say what --from-model reads, as in nsae collect.
 
     Writes saes/NAME (or saes/NAME/CELL for a grid): weights in SAELens' layout, run.json with every metric on held-out
     rows, metrics.jsonl. Ctrl-C saves a checkpoint; the same command goes on from it.
+
+    With --from-model no activations touch the disk: --buffer rows at a time are harvested and mixed in memory.
     """
+    from nsae_cli.experiment.train import TrainCommandOptions, choose_source
     from nsae_cli.report.tables import train_table
-    from nsae_cli.store.shards import open_activations
     from nsae_cli.training.loop import train
-    from nsae_cli.training.options import TrainOptions
     from nsae_cli.values import validate_options
 
     session = session_of(context)
-    options = validate_options(TrainOptions, given(context, without=("activations", "name")))
-    [store] = session.choose(Kind.ACTIVATIONS, activations)
-    result = train(options, open_activations(store.path), session.workspace, name, session.reporter)
+    values = given(context, without=("activations", "context_size", "name"))
+    if context_size is not None:
+        values["context"] = context_size
+    options = validate_options(TrainCommandOptions, values)
+    if activations is not None and options.from_model is not None:
+        raise UsageError(
+            f"ACTIVATIONS {activations} and --from-model {options.from_model} both say where rows come from; give one"
+        )
+    store = None if options.from_model is not None else session.choose(Kind.ACTIVATIONS, activations)[0]
+    source = choose_source(options, store)
+    result = train(options, source, session.workspace, name, session.reporter)
     session.say_where(result.artifacts, result.already_complete)
 
     def show() -> RenderableType:

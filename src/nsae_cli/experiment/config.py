@@ -17,7 +17,7 @@ from nsae_cli.store.workspace import Kind, Workspace, check_name
 from nsae_cli.values import validate_options
 
 #: Options that may hold a path, and what they may hold that only looks like one.
-_PATH_OPTIONS = {"model": EMBEDDED_MODELS, "corpus": (BUILTIN,)}
+_PATH_OPTIONS = {"model": EMBEDDED_MODELS, "from_model": EMBEDDED_MODELS, "corpus": (BUILTIN,)}
 
 
 def load_config(path: Path, workspace: Workspace) -> list[Stage]:
@@ -153,6 +153,11 @@ class _Reader:
         if spec.input_key is None or spec.reads is None:
             return []
         given = values.get(spec.input_key)
+        if spec.instead_of_input is not None and values.get(spec.instead_of_input) is not None:
+            if given is not None:
+                line = entry.body.key_lines[spec.instead_of_input]
+                self._problem(line, f"{spec.input_key} and {spec.instead_of_input} both say what is read; give one")
+            return []
         if given is None:
             if spec.reads not in self._latest:
                 self._problem(

@@ -11,13 +11,13 @@ from pydantic import BaseModel
 
 from nsae_cli.analysis.norms_artifact import NormsOptions, run_norms
 from nsae_cli.analysis.top_norms_artifact import TopNormsOptions, run_top_norms
+from nsae_cli.experiment.train import TrainCommandOptions, choose_source
 from nsae_cli.lm.collect import collect
 from nsae_cli.lm.config import CollectConfig
 from nsae_cli.reporter import Reporter
 from nsae_cli.store.shards import ActivationStore, open_activations
 from nsae_cli.store.workspace import Artifact, Kind, Workspace
 from nsae_cli.training.loop import train
-from nsae_cli.training.options import TrainOptions
 
 
 @dataclass
@@ -70,6 +70,7 @@ class CommandSpec:
         run: carries the stage out; takes the stage, the names that it reads, the workspace and a reporter.
         several_inputs: whether it can read more than one.
         store_key: a second key that names a store to measure on.
+        instead_of_input: an option that takes the input's place.
     """
 
     options: type[BaseModel]
@@ -79,6 +80,7 @@ class CommandSpec:
     run: Callable[[Stage, list[str], Workspace, Reporter], StageResult]
     several_inputs: bool = False
     store_key: str | None = None
+    instead_of_input: str | None = None
 
 
 def _collect(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:
@@ -97,7 +99,9 @@ def _norms(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Repo
 
 
 def _train(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:
-    result = train(stage.options, _store(inputs[0], workspace), workspace, stage.name, reporter)
+    store = None if stage.options.from_model else workspace.find(Kind.ACTIVATIONS, inputs[0])[0]
+    source = choose_source(stage.options, store)
+    result = train(stage.options, source, workspace, stage.name, reporter)
     return StageResult("train", result.artifacts, result.runs, [], result.already_complete)
 
 
@@ -111,7 +115,9 @@ def _analyze(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Re
 COMMANDS: dict[str, CommandSpec] = {
     "collect": CommandSpec(CollectConfig, Kind.ACTIVATIONS, None, None, _collect),
     "norms": CommandSpec(NormsOptions, Kind.NORMS, "activations", Kind.ACTIVATIONS, _norms),
-    "train": CommandSpec(TrainOptions, Kind.SAE, "activations", Kind.ACTIVATIONS, _train),
+    "train": CommandSpec(
+        TrainCommandOptions, Kind.SAE, "activations", Kind.ACTIVATIONS, _train, instead_of_input="from_model"
+    ),
     "analyze-top-norms": CommandSpec(
         TopNormsOptions, Kind.TOP_NORMS, "saes", Kind.SAE, _analyze, several_inputs=True, store_key="activations"
     ),

@@ -1,4 +1,4 @@
-"""From a language model and a corpus to an activation store: everything of `nsae collect` below the command line.
+"""From a language model and a corpus to activations: everything of `nsae collect` below the command line.
 
 Read in this order:
 
@@ -11,6 +11,7 @@ Read in this order:
 - `harvest`: contexts → residual vectors and their norms, the forward stopped after the deepest wanted layer.
 - `plan`: rows, bytes and free space before the weights are loaded.
 - `collect`: all of it, resumable.
+- `windows`, `live`: `nsae train --from-model`, the same rows into memory instead, a window at a time.
 - `probe`: is the sink carried by the first token or by the first position?
 - `quiet`: keeps the libraries' own log lines and progress bars off the terminal.
 """

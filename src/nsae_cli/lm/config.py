@@ -1,7 +1,11 @@
-"""The options of `nsae collect`: as given (`CollectConfig`), and with every default resolved (`ResolvedConfig`)."""
+"""The options of `nsae collect`: as given (`CollectConfig`), and with every default resolved (`ResolvedConfig`).
+
+`HarvestOptions` are those that `nsae train --from-model` has too.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -36,31 +40,36 @@ def _layers_text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-class CollectConfig(BaseModel):
-    """Options as given. None stands for a default that depends on the model, the corpus or the device."""
+class HarvestOptions(BaseModel):
+    """What text the model reads and what is kept of it, as given."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = Field("gpt2", min_length=1, description="mini, mini-sink, a folder, or a hub id")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     corpus: str | None = Field(None, min_length=1, description="builtin, a file, a folder, or a hub data set")
     corpus_config: str | None = Field(None, description="configuration of a hub data set")
     split: str | None = Field(None, description="split of the built-in corpus or of a hub data set")
     text_column: str | None = Field(None, description="column that holds the text (default text)")
+    site: Site = Field("resid_post", description="after or before the block")
+    context: Size | None = Field(None, ge=2, description="tokens per context (default 128)")
+    packing: bool = Field(True, description="documents share contexts")
+    bos: bool = Field(True, description="each context starts with <|endoftext|>")
+    dtype: DTypeName = Field("fp16", description="storage")
+    model_dtype: Literal["auto"] | DTypeName = Field("auto", description="computation")
+
+
+class CollectConfig(HarvestOptions):
+    """Options as given. None stands for a default that depends on the model, the corpus or the device."""
+
+    model: str = Field("gpt2", min_length=1, description="mini, mini-sink, a folder, or a hub id")
     layers: Annotated[str | None, BeforeValidator(_layers_text)] = Field(
         None, description="layers whose vectors are stored: all, 6, 0,3, 0-3 (default the middle one)"
     )
-    site: Site = Field("resid_post", description="after or before the block")
     norms: Literal["all", "stored"] = Field("all", description="layers whose norms are stored")
     tokens: Annotated[int | Literal["all"] | None, BeforeValidator(_tokens)] = Field(
         None, description="most rows to store, or all (default 2M; all of the built-in corpus for embedded models)"
     )
-    context: Size | None = Field(None, ge=2, description="tokens per context (default 128)")
-    packing: bool = Field(True, description="documents share contexts")
-    bos: bool = Field(True, description="each context starts with <|endoftext|>")
     batch_size: Size | None = Field(None, ge=1, description="contexts per forward pass")
-    dtype: DTypeName = Field("fp16", description="storage")
-    model_dtype: Literal["auto"] | DTypeName = Field("auto", description="computation")
     device: DeviceOption = Field("auto", description="where to compute")
     seed: Size = Field(0, description="recorded; collecting draws nothing at random")
     name: str | None = Field(None, description="of the store")
@@ -128,12 +137,27 @@ class ResolvedConfig(BaseModel):
         return None if self.tokens == "all" else self.tokens
 
 
-def resolve(config: CollectConfig, info: ModelInfo, corpus: Corpus, device: torch.device) -> ResolvedConfig:
+@dataclass(frozen=True)
+class BatchRoom:
+    """What a batch of contexts must fit into.
+
+    Attributes:
+        rows: most rows of a batch.
+        holder: what holds so many, for messages.
+    """
+
+    rows: int = MAX_SHARD_ROWS
+    holder: str = "a shard"
+
+
+def resolve(
+    config: CollectConfig, info: ModelInfo, corpus: Corpus, device: torch.device, room: BatchRoom = BatchRoom()
+) -> ResolvedConfig:
     """Fills in every default.
 
     Raises:
         UsageError: layers that the model lacks, a context that it cannot read, fewer tokens than a context, a batch
-            larger than a shard; every problem at once.
+            that does not fit; every problem at once.
     """
     problems: list[str] = []
     layers: list[int] = []
@@ -148,10 +172,12 @@ def resolve(config: CollectConfig, info: ModelInfo, corpus: Corpus, device: torc
     tokens = "all" if whole_corpus else config.tokens or DEFAULT_TOKENS
     if isinstance(tokens, int) and tokens < context and config.packing:
         problems.append(f"--tokens {tokens}: expected at least one context ({context} tokens)")
-    batch_size = config.batch_size or max(1, _BATCH_TOKENS[device.type] // context)
-    if batch_size * context > MAX_SHARD_ROWS:
-        most = MAX_SHARD_ROWS // context
-        problems.append(f"--batch-size {batch_size}: expected at most {most} (a shard holds {MAX_SHARD_ROWS:,} rows)")
+    most = max(1, room.rows // context)
+    batch_size = config.batch_size or max(1, min(_BATCH_TOKENS[device.type] // context, most))
+    if context > room.rows:
+        problems.append(f"--context {context}: {room.holder} holds {room.rows:,} rows, expected a whole context")
+    elif batch_size > most:
+        problems.append(f"--batch-size {batch_size}: expected at most {most} ({room.holder} holds {room.rows:,} rows)")
     if problems:
         raise UsageError.from_problems(problems)
     return ResolvedConfig(

@@ -73,7 +73,7 @@ class ResidualReader:
 
 @dataclass(frozen=True)
 class HarvestedBatch:
-    """Rows of some contexts, pads dropped, on the CPU.
+    """Rows of some contexts, pads dropped, on the CPU (vectors: where the spec says).
 
     Attributes:
         contexts: how many contexts they come from.
@@ -109,12 +109,14 @@ class HarvestSpec:
         vector_layers: layers whose vectors are kept.
         norm_layers: layers whose norms are kept; contains `vector_layers`.
         storage_dtype: of the kept vectors.
+        on_device: leave the vectors on the model's device.
     """
 
     site: Site
     vector_layers: tuple[int, ...]
     norm_layers: tuple[int, ...]
     storage_dtype: torch.dtype
+    on_device: bool = False
 
 
 class Harvester:
@@ -166,7 +168,9 @@ class Harvester:
             norms.append(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32))
             if layer in self._spec.vector_layers:
                 largest.append(rows.abs().amax(dim=1).float())
-                vectors[hook_name(layer, self._spec.site)] = self._to_cpu(rows.to(self._spec.storage_dtype, copy=True))
+                kept_rows = rows.to(self._spec.storage_dtype, copy=True)
+                hook = hook_name(layer, self._spec.site)
+                vectors[hook] = kept_rows if self._spec.on_device else self._to_cpu(kept_rows)
 
         with _memory_errors(self._device):
             self._reader.run(token_ids.to(self._device, non_blocking=True), take)

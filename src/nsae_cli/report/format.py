@@ -131,6 +131,15 @@ def artifact_name(reference: Mapping[str, Any] | str | None) -> str | None:
     return None if name is None else str(name)
 
 
+def trained_on(run: Mapping[str, Any]) -> str | None:
+    """The store of a run.json, or the model and the corpus that it read; None where neither was recorded."""
+    inputs = run.get("inputs") or {}
+    if model := artifact_name(inputs.get("model")):
+        return f"{model} on {artifact_name(inputs.get('corpus')) or MISSING}, live"
+    store = artifact_name(inputs.get("activations"))
+    return None if store is None else f"activations {store}"
+
+
 def merged_source(artifact: Mapping[str, Any], source: Mapping[str, Any] | None) -> dict[str, Any]:
     """What `source_line` needs, from the artifact itself, else from `source`."""
     keys = ("context_size", "packing", "bos", "embedded_note")

@@ -70,12 +70,12 @@ def train_table(
         "share of tokens, in the lowest and the highest norm bin and on sinks (1 = every token counts alike)."
     )
     extra = [fmt.source_line(source)] if source is not None else []
-    inputs = list(dict.fromkeys(name for run in runs if (name := _activations(run))))
+    inputs = list(dict.fromkeys(text for run in runs if (text := fmt.trained_on(run))))
     tokens = {_value(run, "all", "tokens") for run in runs}
     if len(tokens) == 1 and (held_out := tokens.pop()) is not None:
         extra.insert(0, f"{fmt.count(held_out)} held-out tokens")
     if inputs:
-        extra.insert(0, f"activations {', '.join(inputs)}")
+        extra.insert(0, ", ".join(inputs))
     title = " ".join(part for part in ("Trained SAEs" if len(runs) > 1 else "Trained SAE", shared) if part)
     table = WideTable(keys, groups, title=title, note=note, repeated=1 if names else None)
     return Group(table, Text(" · ".join(extra), style="dim")) if extra else table
@@ -97,10 +97,6 @@ def _usual_decoders(runs: Sequence[Mapping[str, Any]]) -> bool:
     """Whether every decoder is the default of its activation, so that a column would say nothing new."""
     usual = {("tanh-relu", "free"), *((act, "unit") for act in ("relu", "topk", "batchtopk", "jumprelu"))}
     return set(zip(_option(runs, "act"), _option(runs, "decoder"), strict=True)) <= usual
-
-
-def _activations(run: Mapping[str, Any]) -> str | None:
-    return fmt.artifact_name((run.get("inputs") or {}).get("activations"))
 
 
 def _option(runs: Sequence[Mapping[str, Any]], key: str) -> list[str]:

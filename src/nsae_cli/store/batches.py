@@ -8,8 +8,10 @@ and one without see all other rows in the same order. Nothing has to be saved to
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -102,6 +104,19 @@ class BatchStream:
         assert len(self.profiles) == 1 or not self.drop_sinks, "hooks have different sinks, so they cannot share rows"
 
     @property
+    def mixed_bytes(self) -> int:
+        """Memory of a window's vectors."""
+        manifest = self.store.manifest
+        return len(self.profiles) * min(self.buffer_rows, manifest.rows) * manifest.d_in * manifest.torch_dtype.itemsize
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Nothing: the step tells where its batch begins."""
+        return {}
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Nothing to do."""
+
+    @property
     def rows_per_epoch(self) -> int:
         """Rows that one epoch holds."""
         first = self.profiles[0]
@@ -120,7 +135,9 @@ class BatchStream:
                 if skip >= len(order):
                     skip -= len(order)
                     continue
-                yield from self._cut(carried, self._load(window, order[skip:]), len(order) - skip)
+                rows = self._load(window, order[skip:])
+                for _, batch in cut_batches(carried, partial(_select, rows), len(order) - skip, self.batch_size):
+                    yield batch
                 skip = 0
             epoch += 1
 
@@ -191,20 +208,45 @@ class BatchStream:
             rows.zero[target] = part.zero
         return rows
 
-    def _cut(self, carried: dict[str, list[HookRows]], rows: Batch, count: int) -> Iterator[Batch]:
-        """Cuts a window into batches; what is left over is carried into the next window's first batch."""
-        start = 0
-        waiting = sum(len(part.norm) for part in next(iter(carried.values())))
-        while waiting + count - start >= self.batch_size:
-            part = slice(start, start + self.batch_size - waiting)
-            start, waiting = part.stop, 0
-            yield {hook: HookRows.cat([*carried[hook], rows[hook].select(part)]) for hook in rows}
-            for parts in carried.values():
-                parts.clear()
-        if start < count:
-            for hook, parts in carried.items():
-                # A copy, so that the window's memory is free before the next window is read.
-                parts.append(rows[hook].select(slice(start, count)).copy())
+
+def _select(rows: Batch, part: slice) -> Batch:
+    return {hook: rows_of_hook.select(part) for hook, rows_of_hook in rows.items()}
+
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def cut_batches(
+    carried: dict[Key, list[HookRows]],
+    take: Callable[[slice], dict[Key, HookRows]],
+    count: int,
+    batch_size: int,
+    start: int = 0,
+) -> Iterator[tuple[int, dict[Key, HookRows]]]:
+    """Cuts a window into batches; what is left over is carried into the next window's first batch.
+
+    Args:
+        carried: by key what earlier windows left over; changed.
+        take: some rows of the window, in its shuffled order, by key.
+        count: rows of the window.
+        batch_size: rows per batch.
+        start: rows of the window that were used before.
+
+    Yields:
+        How many rows of the window are used up, and a batch.
+    """
+    waiting = sum(len(part.norm) for part in next(iter(carried.values())))
+    while waiting + count - start >= batch_size:
+        part = slice(start, start + batch_size - waiting)
+        start, waiting = part.stop, 0
+        taken = take(part)
+        yield start, {key: HookRows.cat([*carried[key], rows]) for key, rows in taken.items()}
+        for parts in carried.values():
+            parts.clear()
+    if start < count:
+        for key, rows in take(slice(start, count)).items():
+            # A copy, so that the window's memory is free before the next window is read.
+            carried[key].append(rows.copy())
 
 
 def held_out_rows(
@@ -218,7 +260,11 @@ def held_out_rows(
         rows = read_rows(store, profile, shard, keep)
         numbers = contexts.ids(shard)[keep]
         live = ~rows.zero
-        rows, numbers = rows.select(live), numbers[live]
-        for start in range(0, len(numbers), batch_size):
-            part = slice(start, start + batch_size)
-            yield rows.select(part), numbers[part]
+        yield from split_rows(rows.select(live), numbers[live], batch_size)
+
+
+def split_rows(rows: HookRows, numbers: torch.Tensor, batch_size: int) -> Iterator[tuple[HookRows, torch.Tensor]]:
+    """Rows with their context numbers [B], at most `batch_size` at a time."""
+    for start in range(0, len(numbers), batch_size):
+        part = slice(start, start + batch_size)
+        yield rows.select(part), numbers[part]

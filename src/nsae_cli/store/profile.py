@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -27,6 +28,33 @@ from nsae_cli.metrics.sinks import (
 )
 from nsae_cli.store.contexts import Contexts
 from nsae_cli.store.shards import ActivationStore
+
+
+class ProfiledRows(Protocol):
+    """The rows of one hook that a profile is made from, in blocks that can be gone through again and again."""
+
+    @property
+    def name(self) -> str:
+        """What holds the rows, for messages."""
+
+    @property
+    def hook(self) -> str:
+        """The hook's name."""
+
+    def __len__(self) -> int:
+        """Number of blocks."""
+
+    def norms(self, block: int) -> torch.Tensor:
+        """n of each row of a block, float32 [rows]."""
+
+    def positions(self, block: int) -> torch.Tensor | None:
+        """Index of each row in its context, int64 [rows]; None in every block where they are not known."""
+
+    def massive(self, block: int) -> torch.Tensor | None:
+        """Which rows sink rule 3 catches, bool [rows]; None in every block where the vectors are not at hand."""
+
+    def held_out(self, block: int) -> torch.Tensor:
+        """Which rows are never trained on, bool [rows]."""
 
 
 @dataclass
@@ -56,17 +84,21 @@ class HookProfile:
     zero_rows: int
     mean_power: tuple[float, float, float]
     mean_power_ns: tuple[float, float, float]
-    _massive: list[torch.Tensor | None] = field(repr=False)
-    _store: ActivationStore = field(repr=False)
+    _blocks: ProfiledRows = field(repr=False)
 
     def flags(self, shard: int, norms: torch.Tensor) -> SinkFlags:
         """Which rows of a shard are sinks, and by which rule. `norms` are the shard's, float32 [rows]."""
-        found = self._massive[shard]
-        massive = None
-        if found is not None:
-            massive = torch.zeros(len(norms), dtype=torch.bool)
-            massive[found] = True
-        return flag_sinks(self.thresholds, norms, self._store.positions(shard), massive)
+        return self.flag_rows(norms, self._blocks.positions(shard), self._blocks.massive(shard))
+
+    def flag_rows(self, norms: torch.Tensor, positions: torch.Tensor | None, massive: torch.Tensor | None) -> SinkFlags:
+        """Which rows are sinks, and by which rule.
+
+        Args:
+            norms: of the rows, float32 [rows].
+            positions: in the context, int64 [rows]; None where they are not known.
+            massive: rows that rule 3 catches, bool [rows]; None where the vectors are not at hand.
+        """
+        return flag_sinks(self.thresholds, norms, positions, massive)
 
     def groups(self, norms: torch.Tensor, is_sink: torch.Tensor) -> torch.Tensor:
         """Norm bin 0…9 or the sink group 10 of rows with these norms, int64 [rows]."""
@@ -88,57 +120,64 @@ def profile_hook(store: ActivationStore, hook: str, contexts: Contexts) -> HookP
         ArtifactError: the store has no rows, or all of them are zero.
         NumericalError: rows or norms are not finite.
     """
-    shards = range(len(store.manifest.shards))
     if damaged := sum(entry.nonfinite_rows or 0 for entry in store.manifest.shards):
         raise NumericalError(f"{store.name} has {damaged:,} rows that hold NaN or infinity; collect it again")
-    thresholds = _thresholds(store, hook)
-    massive = [_massive_rows(store, hook, shard) for shard in shards]
+    return profile_rows(_StoreRows(store, hook, contexts))
+
+
+def profile_rows(rows: ProfiledRows) -> HookProfile:
+    """Passes over rows, some times, and returns the profile of their hook.
+
+    Raises:
+        ArtifactError: there are no rows, or all of them are zero.
+        NumericalError: norms are not finite.
+    """
+    blocks = range(len(rows))
+    thresholds = _thresholds(rows)
     counts = SinkCounts()
     profile = HookProfile(
-        hook, thresholds, counts, math.nan, None, 0, 0, 0, (math.nan,) * 3, (math.nan,) * 3, massive, store
+        rows.hook, thresholds, counts, math.nan, None, 0, 0, 0, (math.nan,) * 3, (math.nan,) * 3, rows
     )
     log_sum, log_rows = 0.0, 0
     sums, sums_ns = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     floor = ZERO_ROW_FRACTION * thresholds.median
-    for shard in shards:
-        norms = store.norms(shard, hook)
-        flags = profile.flags(shard, norms)
+    for block in blocks:
+        norms = rows.norms(block)
+        flags = profile.flags(block, norms)
         counts.update(flags)
         # ñ itself defines what a zero row is; the median, equal to it within a small factor, stands in here.
         positive = norms[~flags.any & (norms > floor)].double()
         log_sum += float(positive.log().sum())
         log_rows += len(positive)
-        training = ~contexts.held_out(shard)
+        training = ~rows.held_out(block)
         powers = torch.stack([norms.double().pow(k) for k in range(3)])
         sums += powers[:, training].sum(dim=1)
         sums_ns += powers[:, training & ~flags.any].sum(dim=1)
         profile.training_rows += int(training.sum())
         profile.training_sinks += int((training & flags.any).sum())
     if not log_rows:
-        raise ArtifactError(f"{store.name}: every row at {hook} is zero or a sink; there is nothing to measure")
+        raise ArtifactError(f"{rows.name}: every row at {rows.hook} is zero or a sink; there is nothing to measure")
     profile.norm_scale = math.exp(log_sum / log_rows)
     profile.mean_power = _means(sums)
     profile.mean_power_ns = _means(sums_ns)
 
     def training_non_sinks() -> Iterator[torch.Tensor]:
-        for shard in shards:
-            norms = store.norms(shard, hook)
-            keep = ~contexts.held_out(shard) & ~profile.flags(shard, norms).any & ~profile.is_zero(norms)
+        for block in blocks:
+            norms = rows.norms(block)
+            keep = ~rows.held_out(block) & ~profile.flags(block, norms).any & ~profile.is_zero(norms)
             yield norms[keep]
 
-    profile.zero_rows = sum(int(profile.is_zero(store.norms(shard, hook)).sum()) for shard in shards)
+    profile.zero_rows = sum(int(profile.is_zero(rows.norms(block)).sum()) for block in blocks)
     _, deciles = stream_quantiles(training_non_sinks, [k / N_BINS for k in range(1, N_BINS)])
     profile.edges = None if deciles is None else torch.tensor(deciles, dtype=torch.float64)
     return profile
 
 
-def _thresholds(store: ActivationStore, hook: str) -> SinkThresholds:
-    shards = range(len(store.manifest.shards))
-
+def _thresholds(rows: ProfiledRows) -> SinkThresholds:
     def norms(select: Callable[[torch.Tensor], torch.Tensor] | None) -> Iterator[torch.Tensor]:
-        for shard in shards:
-            values = store.norms(shard, hook)
-            positions = store.positions(shard)
+        for block in range(len(rows)):
+            values = rows.norms(block)
+            positions = rows.positions(block)
             yield values if select is None or positions is None else values[select(positions)]
 
     def median(select: Callable[[torch.Tensor], torch.Tensor] | None) -> float | None:
@@ -147,20 +186,55 @@ def _thresholds(store: ActivationStore, hook: str) -> SinkThresholds:
 
     overall = median(None)
     if overall is None:
-        raise ArtifactError(f"{store.name} has no rows")
-    if not store.has_positions:
+        raise ArtifactError(f"{rows.name} has no rows")
+    if rows.positions(0) is None:
         return fit_thresholds(overall, None, None)
     return fit_thresholds(overall, median(lambda p: p == 0), median(lambda p: p != 0))
 
 
-def _massive_rows(store: ActivationStore, hook: str, shard: int) -> torch.Tensor | None:
-    """Row numbers that sink rule 3 catches; None where the hook's vectors are not stored."""
-    if hook not in store.manifest.hooks:
-        return None
-    # max|x_j| ≤ ‖x‖: rows that are no longer than the threshold need not be read.
-    if not bool((store.norms(shard, hook) > MASSIVE_ABSOLUTE).any()):
-        return torch.zeros(0, dtype=torch.int64)
-    return massive_rows(store.read(shard, [hook])[hook]).nonzero().squeeze(1)
+class _StoreRows:
+    """A store's rows at one hook, a block per shard."""
+
+    def __init__(self, store: ActivationStore, hook: str, contexts: Contexts) -> None:
+        self._store, self._contexts = store, contexts
+        self.name, self.hook = store.name, hook
+        #: Row numbers by shard: sinks are few, and finding them means reading vectors.
+        self._massive: dict[int, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._store.manifest.shards)
+
+    def norms(self, block: int) -> torch.Tensor:
+        return self._store.norms(block, self.hook)
+
+    def positions(self, block: int) -> torch.Tensor | None:
+        return self._store.positions(block)
+
+    def held_out(self, block: int) -> torch.Tensor:
+        return self._contexts.held_out(block)
+
+    def massive(self, block: int) -> torch.Tensor | None:
+        if self.hook not in self._store.manifest.hooks:
+            return None
+        norms = self.norms(block)
+        if block not in self._massive:
+            found = find_massive(norms, lambda: self._store.read(block, [self.hook])[self.hook])
+            self._massive[block] = found.nonzero().squeeze(1)
+        massive = torch.zeros(len(norms), dtype=torch.bool)
+        massive[self._massive[block]] = True
+        return massive
+
+
+def find_massive(norms: torch.Tensor, vectors: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Which rows sink rule 3 catches, bool [rows] on the CPU.
+
+    Args:
+        norms: n of the rows, on the CPU.
+        vectors: gives the rows [rows, d_in]; called only where a row is long enough: max|x_j| ≤ ‖x‖.
+    """
+    if not bool((norms > MASSIVE_ABSOLUTE).any()):
+        return torch.zeros(len(norms), dtype=torch.bool)
+    return massive_rows(vectors()).cpu()
 
 
 def _means(sums: torch.Tensor) -> tuple[float, float, float]:

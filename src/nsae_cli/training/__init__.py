@@ -1,1 +1,1 @@
-"""Training SAEs on an activation store: options → `train()` → `train_step()`."""
+"""Training SAEs on the rows of a source, a store or a model: options → `train()` → `train_step()`."""

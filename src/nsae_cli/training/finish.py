@@ -14,10 +14,9 @@ from nsae_cli.assets import embedded_note
 from nsae_cli.errors import Interrupted
 from nsae_cli.reporter import Reporter
 from nsae_cli.store import commit
-from nsae_cli.store.batches import held_out_rows
 from nsae_cli.store.profile import HookProfile
+from nsae_cli.store.provenance import Provenance
 from nsae_cli.store.sae_folder import FORMAT_VERSION, write_run, write_sae
-from nsae_cli.store.shards import ActivationStore
 from nsae_cli.training.cell import Cell
 from nsae_cli.training.evaluate import evaluate
 from nsae_cli.training.plan import TrainPlan
@@ -36,11 +35,12 @@ def finish_cell(plan: TrainPlan, name: str, cell: Cell, profile: HookProfile, re
         sae,
         cell.objective,
         config.decoder == "unit",
-        lambda batch: _until_stopped(held_out_rows(plan.store, profile, plan.contexts, batch)),
+        lambda batch: _until_stopped(plan.source.held_out_rows(profile, batch)),
     )
     if not metrics["all"]["tokens"]:
-        reporter.warn(f"{plan.store.name} has fewer than 20 contexts: no rows are held out, so {name} has no metrics")
-    write_sae(folder, sae, _sae_lens_metadata(plan.store, config.hook) | {"training_architecture": config.act})
+        reporter.warn(f"{plan.source.name} has fewer than 20 contexts: no rows are held out, so {name} has no metrics")
+    metadata = _sae_lens_metadata(plan.source.provenance, config.hook)
+    write_sae(folder, sae, metadata | {"training_architecture": config.act})
     commit.write_tensors(folder / "features.safetensors", {"density": density.float()})
     warning = gamed_sparsity(cell, metrics)
     if warning:
@@ -79,32 +79,32 @@ def gamed_sparsity(cell: Cell, metrics: dict[str, Any]) -> str | None:
     )
 
 
-def _sae_lens_metadata(store: ActivationStore, hook: str) -> dict[str, Any]:
-    manifest = store.manifest
+def _sae_lens_metadata(provenance: Provenance, hook: str) -> dict[str, Any]:
     return {
-        "model_name": manifest.model,
+        "model_name": provenance.model,
         "hook_name": hook,
-        "context_size": manifest.context_size,
-        "dataset_path": (manifest.corpus or {}).get("name"),
-        "prepend_bos": manifest.bos,
+        "context_size": provenance.context_size,
+        "dataset_path": provenance.corpus,
+        "prepend_bos": provenance.bos,
         "model_from_pretrained_kwargs": {"center_writing_weights": False},
     }
 
 
 def _describe(plan: TrainPlan, cell: Cell, profile: HookProfile) -> dict[str, Any]:
-    config, manifest, thresholds = cell.config, plan.store.manifest, profile.thresholds
+    config, provenance, thresholds = cell.config, plan.source.provenance, profile.thresholds
     return {
         "format_version": FORMAT_VERSION,
         "config": config.model_dump(),
-        "inputs": {"activations": plan.identity()["activations"]},
+        "inputs": plan.source.inputs,
         "versions": {"nsae": nsae_cli.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "model": manifest.model,
-        "embedded_note": embedded_note(manifest.model),
-        "context_size": manifest.context_size,
-        "packing": manifest.packing,
-        "bos": manifest.bos,
+        **plan.source.run_details,
+        "model": provenance.model,
+        "embedded_note": embedded_note(provenance.model),
+        "context_size": provenance.context_size,
+        "packing": provenance.packing,
+        "bos": provenance.bos,
         "hook": config.hook,
-        "d_in": manifest.d_in,
+        "d_in": plan.source.d_in,
         "d_sae": config.d_sae,
         "alpha": config.alpha,
         "beta": cell.objective.beta,

@@ -17,9 +17,8 @@ from nsae_cli.errors import Interrupted, ResourceError
 from nsae_cli.kernels.select import Choice, choose
 from nsae_cli.reporter import Reporter, Task
 from nsae_cli.store import commit
-from nsae_cli.store.batches import Batch, BatchStream
+from nsae_cli.store.batches import Batch
 from nsae_cli.store.sae_folder import FORMAT_VERSION
-from nsae_cli.store.shards import ActivationStore
 from nsae_cli.store.workspace import Artifact, Workspace, log_timing
 from nsae_cli.training.cell import Cell
 from nsae_cli.training.cell_pool import CellPool
@@ -37,6 +36,7 @@ from nsae_cli.training.setup import (
     profile_hooks,
     stream_key,
 )
+from nsae_cli.training.source import TrainingSource, TrainingStream
 
 
 @dataclass
@@ -50,7 +50,7 @@ class TrainResult:
 
 
 def train(
-    options: TrainOptions, store: ActivationStore, workspace: Workspace, name: str | None, reporter: Reporter
+    options: TrainOptions, source: TrainingSource, workspace: Workspace, name: str | None, reporter: Reporter
 ) -> TrainResult:
     """Trains every SAE of the grid on one pass of shared batches and saves them.
 
@@ -58,7 +58,7 @@ def train(
 
     Args:
         options: as given; lists span a grid.
-        store: the activations.
+        source: where the rows come from; made from the same options.
         workspace: where the SAEs go, as ``saes/NAME`` or ``saes/NAME/CELL``.
         name: NAME, or None for the default.
 
@@ -68,7 +68,7 @@ def train(
         NumericalError: loss or gradients are not finite.
         Interrupted: a signal; a checkpoint was written.
     """
-    plan = make_plan(options, store, workspace, name)
+    plan = make_plan(options, source, workspace, name)
     artifacts = [plan.artifact(cell) for cell in plan.configs]
     finished = find_finished(plan)
     if finished.keys() == plan.configs.keys():
@@ -153,7 +153,7 @@ class _Loop:
         self,
         plan: TrainPlan,
         cells: dict[str, Cell],
-        streams: dict[StreamKey, BatchStream],
+        streams: dict[StreamKey, TrainingStream],
         device: torch.device,
         pool: CellPool,
         clock: _CheckpointClock,
@@ -162,6 +162,8 @@ class _Loop:
         self._plan, self._cells, self._streams = plan, cells, streams
         self._device, self._pool, self._clock, self._reporter = device, pool, clock, reporter
         self._logs: dict[str, MetricsLog] = {}
+        #: For each cell the state of its stream before the step in hand: one that is stopped may have run ahead of it.
+        self._stream_states: dict[str, dict[str, torch.Tensor]] = {}
 
     def restore(self) -> int:
         """Loads the last intact checkpoint, else initialises the cells; returns the number of steps done."""
@@ -171,8 +173,10 @@ class _Loop:
         for name, cell in self._cells.items():
             if checkpoint is not None:
                 cell.load_state(checkpoint.cells[name])
+                self._streams[stream_key(cell.config)].load_state(checkpoint.cells[name])
             content = b"" if checkpoint is None else checkpoint.logs[name]
             self._logs[name] = MetricsLog(self._plan.cell_folder(name) / "metrics.jsonl", content)
+        self._note_stream_states()
         if checkpoint is None:
             return 0
         self._reporter.note(f"going on from the checkpoint at step {checkpoint.step:,}")
@@ -190,23 +194,38 @@ class _Loop:
         with self._reporter.task("training", (plan.steps - first_step) * plan.batch_size, "rows") as task:
             for step in range(first_step, plan.steps):
                 if (signum := interrupt.stop_requested()) is not None:
-                    self._save(step)
-                    raise Interrupted(
-                        signum,
-                        f"stopped at step {step:,} of {plan.steps:,}, checkpoint saved; run the same command to go on",
-                    )
+                    raise self._stopped(step, signum)
                 if step > first_step and self._clock.due(step):
                     self._save(step)
+                try:
+                    taken = self._take(batches)
+                except Interrupted as stopped:
+                    raise self._stopped(step, stopped.signum) from stopped
                 log_now = (step + 1) % interval == 0 or step + 1 == plan.steps
-                self._step(batches, step, log_now, task)
+                self._step(taken, step, log_now, task)
                 task.advance(plan.batch_size)
         self._save(plan.steps)
 
-    def _step(self, batches: dict[StreamKey, Iterator[Batch]], step: int, log_now: bool, task: Task) -> None:
+    def _stopped(self, step: int, signum: int) -> Interrupted:
+        """Saves a checkpoint of `step`; returns what is to be raised."""
+        self._save(step)
+        steps = f"stopped at step {step:,} of {self._plan.steps:,}"
+        return Interrupted(signum, f"{steps}, checkpoint saved; run the same command to go on")
+
+    def _take(self, batches: dict[StreamKey, Iterator[Batch]]) -> dict[StreamKey, Batch]:
+        """The next batch of every stream, on the training device."""
         taken = {
             key: {hook: rows.to(self._device) for hook, rows in next(stream).items()} for key, stream in batches.items()
         }
+        self._note_stream_states()
+        return taken
 
+    def _note_stream_states(self) -> None:
+        self._stream_states = {
+            name: self._streams[stream_key(cell.config)].state() for name, cell in self._cells.items()
+        }
+
+    def _step(self, taken: dict[StreamKey, Batch], step: int, log_now: bool, task: Task) -> None:
         def advance(name: str) -> dict[str, Any] | None:
             cell = self._cells[name]
             rows = taken[stream_key(cell.config)][cell.config.hook]
@@ -227,7 +246,7 @@ class _Loop:
     def _save(self, step: int) -> None:
         self._plan.checkpoints.save(
             step,
-            {name: cell.state() for name, cell in self._cells.items()},
+            {name: cell.state() | self._stream_states[name] for name, cell in self._cells.items()},
             {name: log.content() for name, log in self._logs.items()},
         )
 

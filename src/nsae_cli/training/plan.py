@@ -10,12 +10,12 @@ from typing import Any, NoReturn
 
 from nsae_cli.errors import ArtifactError, UsageError
 from nsae_cli.store import commit
-from nsae_cli.store.contexts import Contexts
 from nsae_cli.store.sae_folder import RUN
-from nsae_cli.store.shards import ActivationStore, describe_changes
+from nsae_cli.store.shards import describe_changes
 from nsae_cli.store.workspace import Artifact, Kind, Workspace, check_name, config_hash
 from nsae_cli.training.checkpoint import Checkpoints
 from nsae_cli.training.options import CellConfig, TrainOptions, expand_cells, layer_of
+from nsae_cli.training.source import TrainingSource
 
 GROUP = "group.json"
 
@@ -28,15 +28,13 @@ class TrainPlan:
         name: NAME of the result; cells of a grid are NAME/CELL.
         folder: ``saes/NAME``.
         configs: one per cell; all have the same number of steps and the same batch size.
-        store: the activations.
-        contexts: of the store.
+        source: where the rows come from.
     """
 
     name: str
     folder: Path
     configs: dict[str, CellConfig]
-    store: ActivationStore
-    contexts: Contexts
+    source: TrainingSource
 
     @property
     def steps(self) -> int:
@@ -51,7 +49,7 @@ class TrainPlan:
     @property
     def largest_product(self) -> int:
         """Multiplications of one matrix product in a step of the largest cell: batch · d_in · d_sae."""
-        return self.batch_size * self.store.manifest.d_in * max(config.d_sae for config in self.configs.values())
+        return self.batch_size * self.source.d_in * max(config.d_sae for config in self.configs.values())
 
     @property
     def hooks(self) -> list[str]:
@@ -73,58 +71,29 @@ class TrainPlan:
         return Artifact(Kind.SAE, name, self.cell_folder(cell))
 
     def identity(self) -> dict[str, Any]:
-        """What determines the result: the activations and every cell's configuration."""
+        """What determines the result: the inputs and every cell's configuration."""
         return {
-            "activations": {"name": self.store.name, "manifest_sha256": self.store.manifest_sha256},
+            **self.source.inputs,
             "cells": {cell: config.model_dump() for cell, config in self.configs.items()},
         }
 
 
-def make_plan(options: TrainOptions, store: ActivationStore, workspace: Workspace, name: str | None) -> TrainPlan:
+def make_plan(options: TrainOptions, source: TrainingSource, workspace: Workspace, name: str | None) -> TrainPlan:
     """Resolves options to cells and a name.
 
     Raises:
-        UsageError: layers that are not stored, refused or impossible options, a bad name.
+        UsageError: refused or impossible options, a bad name, a source without rows or one that needs ``--tokens``.
     """
-    contexts = Contexts(store)
-    epoch_rows = sum(int((~contexts.held_out(shard)).sum()) for shard in range(len(store.manifest.shards)))
-    if not epoch_rows:
-        raise UsageError(f"{store.name} has no rows to train on; collect more with `nsae collect --tokens`")
-    configs = expand_cells(options, select_hooks(options.layers, store), store.manifest.d_in, epoch_rows)
-    name = check_name(name) if name else default_name(store, configs)
-    return TrainPlan(name, workspace.folder(Kind.SAE, name), configs, store, contexts)
+    configs = expand_cells(options, source.hooks, source.d_in, source.epoch_rows(options.tokens) or 0)
+    name = check_name(name) if name else default_name(source, configs)
+    return TrainPlan(name, workspace.folder(Kind.SAE, name), configs, source)
 
 
-def select_hooks(layers: str | int | list[int | str] | None, store: ActivationStore) -> list[str]:
-    """The stored hooks that ``--layers`` means; all of them without it.
-
-    Raises:
-        UsageError: a layer that the store does not hold.
-    """
-    if layers is None or layers == "all":
-        return list(store.manifest.hooks)
-    stored = {layer_of(hook): hook for hook in store.manifest.hooks}
-    text = ",".join(map(str, layers)) if isinstance(layers, list) else str(layers)
-    chosen: dict[str, None] = {}
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UsageError(f"--layers {text}: expected all, or numbers such as 6, 0,3 or 0-3")
-        low, high = int(first), int(last or first)
-        inside = {layer for layer in stored if layer is not None and low <= layer <= high}
-        if len(inside) != high - low + 1:
-            held = ", ".join(str(layer) for layer in stored if layer is not None) or "none that has a number"
-            raise UsageError(f"--layers {text}: {store.name} holds layers {held}; collect others with `nsae collect`")
-        chosen |= {stored[layer]: None for layer in sorted(inside)}
-    return list(chosen)
-
-
-def default_name(store: ActivationStore, configs: Mapping[str, CellConfig]) -> str:
-    """``{store}-L6-relu-none-HASH`` for one SAE, ``{store}-grid-HASH`` for several."""
-    identity = {"store": store.manifest_sha256, "cells": {key: value.model_dump() for key, value in configs.items()}}
-    digest = config_hash(identity)
+def default_name(source: TrainingSource, configs: Mapping[str, CellConfig]) -> str:
+    """``{source}-L6-relu-none-HASH`` for one SAE, ``{source}-grid-HASH`` for several."""
+    digest = config_hash(source.name_key | {"cells": {key: value.model_dump() for key, value in configs.items()}})
     # The folder of a store made elsewhere may be called anything.
-    base = re.sub(r"[^A-Za-z0-9_.\-]+", "_", store.name).lstrip("._-")[:60] or "store"
+    base = re.sub(r"[^A-Za-z0-9_.\-]+", "_", source.name).lstrip("._-")[:60] or "store"
     if len(configs) > 1:
         return f"{base}-grid-{digest}"
     [(cell, config)] = configs.items()
@@ -141,17 +110,17 @@ def find_finished(plan: TrainPlan) -> dict[str, dict[str, Any]]:
     identity = plan.identity()
     for earlier in (plan.checkpoints.configs(), _read_group(plan.folder)):
         if earlier is not None and not _same(earlier, identity):
-            _refuse(plan, earlier.get("activations"), earlier.get("cells"))
+            _refuse(plan, _inputs(earlier), earlier.get("cells"))
     found = {mark.parent: commit.read_json(mark) for mark in (*plan.folder.glob(RUN), *plan.folder.glob(f"*/{RUN}"))}
     for folder, run in found.items():
         if not isinstance(run, dict) or not isinstance(run.get("config"), dict):
             raise ArtifactError(f"{folder / RUN} is not an SAE's; choose another --name")
     ours = {plan.cell_folder(cell): cell for cell in plan.configs}
     for folder, run in found.items():
-        activations = (run.get("inputs") or {}).get("activations")
+        inputs = run.get("inputs") or {}
         cell = ours.get(folder)
-        if cell is None or activations != identity["activations"] or run["config"] != identity["cells"][cell]:
-            _refuse(plan, activations, {path.name: other["config"] for path, other in found.items()})
+        if cell is None or inputs != plan.source.inputs or run["config"] != identity["cells"][cell]:
+            _refuse(plan, inputs, {path.name: other["config"] for path, other in found.items()})
     return {cell: found[folder] for folder, cell in ours.items() if folder in found}
 
 
@@ -165,14 +134,17 @@ def _same(earlier: dict[str, Any], identity: dict[str, Any]) -> bool:
     return all(earlier.get(key) == value for key, value in identity.items())
 
 
-def _refuse(plan: TrainPlan, activations: Any, cells: Any) -> NoReturn:
+def _inputs(earlier: dict[str, Any]) -> dict[str, Any]:
+    """The inputs in an identity, or in a group.json."""
+    return {key: value for key, value in earlier.items() if key not in ("cells", "format_version")}
+
+
+def _refuse(plan: TrainPlan, inputs: dict[str, Any], cells: Any) -> NoReturn:
     """Says in what the run that holds the name differs from the one that is asked for."""
-    if activations != plan.identity()["activations"]:
-        old = activations.get("name") if isinstance(activations, dict) else activations
-        raise UsageError(
-            f"--name {plan.name} belongs to the activations {old!r}, now given {plan.store.name!r} "
-            f"(or the store has changed); choose another --name"
-        )
+    if inputs != plan.source.inputs:
+        changes = plan.source.changes_from(inputs)
+        how = f"other rows ({changes})" if changes is not None else f"another kind of input, now {plan.source.label}"
+        raise UsageError(f"--name {plan.name} belongs to {how}; choose another --name")
     old_cells = list(cells.values()) if isinstance(cells, dict) else []
     changes = describe_changes(_spanned(old_cells), _spanned(plan.identity()["cells"].values()))
     raise UsageError(f"--name {plan.name} exists with other options ({changes}); choose another --name")

@@ -12,11 +12,12 @@ from nsae_cli.kernels.types import Weights
 from nsae_cli.metrics.groups import SINKS
 from nsae_cli.reporter import Reporter
 from nsae_cli.sae.init import geometric_median, initialise
-from nsae_cli.store.batches import BatchStream, HookRows, stable_seed
-from nsae_cli.store.profile import HookProfile, profile_hook
+from nsae_cli.store.batches import HookRows, stable_seed
+from nsae_cli.store.profile import HookProfile
 from nsae_cli.training.cell import Cell, make_objective
 from nsae_cli.training.options import CellConfig
 from nsae_cli.training.plan import TrainPlan
+from nsae_cli.training.source import TrainingStream
 
 #: Rows from which the initialisation takes b_dec: the first that the cell will be trained on.
 INIT_ROWS = 8192
@@ -32,35 +33,30 @@ def stream_key(config: CellConfig) -> StreamKey:
 
 def profile_hooks(plan: TrainPlan, reporter: Reporter) -> dict[str, HookProfile]:
     """Norms, sinks and bins of every hook of the plan."""
-    if not plan.store.has_positions:
-        reporter.warn(f"{plan.store.name} has no positions: sink rule 1 is off, blocks of 128 rows stand for contexts")
+    plan.source.prepare(reporter)
     profiles = {}
     for hook in plan.hooks:
-        profiles[hook] = profile = profile_hook(plan.store, hook, plan.contexts)
+        profiles[hook] = profile = plan.source.profile(hook)
         reporter.note(
-            f"{hook}: {plan.store.manifest.rows:,} rows, {profile.training_rows:,} to train on, "
+            f"{hook}: {plan.source.profiled_rows:,} rows, {profile.training_rows:,} to train on, "
             f"{profile.sink_counts.to_json()['total']:,} sinks, typical norm {profile.norm_scale:.4g}"
         )
     return profiles
 
 
-def make_streams(plan: TrainPlan, profiles: dict[str, HookProfile]) -> dict[StreamKey, BatchStream]:
+def make_streams(plan: TrainPlan, profiles: dict[str, HookProfile]) -> dict[StreamKey, TrainingStream]:
     """One stream of batches for all cells that see the same rows."""
-    streams: dict[StreamKey, BatchStream] = {}
+    streams: dict[StreamKey, TrainingStream] = {}
     for config in plan.configs.values():
         key = stream_key(config)
         hooks = dict.fromkeys(other.hook for other in plan.configs.values() if stream_key(other) == key)
-        streams[key] = BatchStream(
-            store=plan.store,
-            profiles=[profiles[hook] for hook in hooks],
-            contexts=plan.contexts,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            buffer_rows=config.buffer,
-            drop_sinks=config.sinks == "drop",
-        )
-        if not streams[key].rows_per_epoch:
-            raise UsageError(f"--sinks drop: every training row of {plan.store.name} at {config.hook} is a sink")
+        profile, drop_sinks = profiles[config.hook], config.sinks == "drop"
+        if drop_sinks and profile.training_sinks == profile.training_rows:
+            raise UsageError(f"--sinks drop: every training row of {plan.source.name} at {config.hook} is a sink")
+        if key not in streams:
+            streams[key] = plan.source.stream(
+                [profiles[hook] for hook in hooks], config.batch_size, config.seed, drop_sinks
+            )
     return streams
 
 
@@ -69,7 +65,7 @@ def make_cells(
 ) -> dict[str, Cell]:
     """The cells with room for their weights, which `initialise_cells` or a checkpoint fills."""
     cells = {}
-    d_in = plan.store.manifest.d_in
+    d_in = plan.source.d_in
     for name, config in plan.configs.items():
         shapes = ((d_in, config.d_sae), (config.d_sae,), (config.d_sae, d_in), (d_in,))
         weights = Weights(*(torch.zeros(shape, device=device) for shape in shapes))
@@ -77,7 +73,7 @@ def make_cells(
     return cells
 
 
-def initialise_cells(cells: dict[str, Cell], streams: dict[StreamKey, BatchStream]) -> None:
+def initialise_cells(cells: dict[str, Cell], streams: dict[StreamKey, TrainingStream]) -> None:
     """Gives cells their weights of step 0, from the first rows that each will be trained on."""
     for key, stream in streams.items():
         first = stream.first_rows(INIT_ROWS)
@@ -115,12 +111,11 @@ class _Start:
             target.copy_(value)
 
 
-def describe_run(plan: TrainPlan, cells: dict[str, Cell], streams: dict[StreamKey, BatchStream], kernel: Choice) -> str:
+def describe_run(
+    plan: TrainPlan, cells: dict[str, Cell], streams: dict[StreamKey, TrainingStream], kernel: Choice
+) -> str:
     """One line about size, memory and kernel, before the first step."""
-    manifest = plan.store.manifest
-    window = min(next(iter(plan.configs.values())).buffer, manifest.rows)
-    hooks = sum(len(stream.profiles) for stream in streams.values())
-    mixed = hooks * window * manifest.d_in * manifest.torch_dtype.itemsize
+    mixed = sum(stream.mixed_bytes for stream in streams.values())
     # Weights, gradients and Adam's two moments, 4 bytes each.
     weights = sum(16 * sum(tensor.numel() for tensor in cell.weights.tensors()) for cell in cells.values())
     return (

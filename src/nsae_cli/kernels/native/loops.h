@@ -351,6 +351,11 @@ static inline void NAME(gather)(int64_t begin, int64_t end, const int32_t *rows,
         for (int64_t q = begin; q < end; q++) {
             const float *xr = x + (int64_t)rows[q] * stride, *er = error + (int64_t)rows[q] * stride;
             const VF g = NAME(splat)(delta[q]), a = NAME(splat)(pull[q]);
+            if (q + 4 < end)
+                for (int64_t k = 0; k < 4 * VL; k += 16) {
+                    __builtin_prefetch(x + (int64_t)rows[q + 4] * stride + k);
+                    __builtin_prefetch(error + (int64_t)rows[q + 4] * stride + k);
+                }
             for (int u = 0; u < 4; u++) {
                 g_enc[u] += g * LOAD(xr + u * VL);
                 g_dec[u] += a * LOAD(er + u * VL);
