@@ -315,3 +315,25 @@ def test_batch_top_k_looks_a_few_times_at_most():
         calls.clear()
         assert run(step, problem, BatchTopK(2))[0].l0.sum() == 0
         assert calls == expected
+
+
+@pytest.mark.parametrize("certified", [False, True])
+@pytest.mark.parametrize("isa", ISAS)
+def test_rows_with_less_than_k_to_choose_from_among_rows_with_more(isa, certified):
+    """The compiled loops carry a guess from row to row: here it is a thousand times too high for every other row."""
+    problem = problem_of("topk", (24, 6, 40))
+    problem.x[::2] *= 1e-3
+    problem.weights.b_enc.fill_(-0.05)
+    problem.weights.b_enc[:3] = 0.01
+    result = check(_native(isa, certified), torch.float32, 5e-6, problem, TopK(8))
+    assert torch.equal(result.l0[::2], torch.full((12,), 3.0))
+    assert (result.l0[1::2] == 8).all()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda act: act.name)
+@pytest.mark.parametrize(("make", "dtype", "relative"), KERNELS)
+def test_a_nan_in_the_weights_reaches_the_error(make, dtype, relative, activation):
+    problem = problem_of(activation.name, (9, 6, 40)).to(dtype)
+    problem.weights.b_enc[7] = torch.nan
+    result, _ = run(make(), problem, activation)
+    assert not result.sq_error.isfinite().any()
