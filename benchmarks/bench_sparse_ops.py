@@ -160,7 +160,17 @@ def main() -> None:
             for (side, name), seconds in medians.items():
                 ratio = medians["dense products", name] / seconds
                 date = datetime.datetime.now(datetime.UTC).date().isoformat()
-                row = [date, machine(), nsae_cli.__version__, d_in, d_sae, batch, f"{found:.4f}", side, name]
+                row = [
+                    date,
+                    machine(torch.device("cpu")),
+                    nsae_cli.__version__,
+                    d_in,
+                    d_sae,
+                    batch,
+                    f"{found:.4f}",
+                    side,
+                    name,
+                ]
                 writer.writerow([*row, arguments.rounds, f"{seconds:.5f}", f"{ratio:.2f}"])
             print(f"density {found:.2%}, times as fast as the dense products (decode, gradients, both):")
             for side in operations:

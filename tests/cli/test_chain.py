@@ -202,7 +202,11 @@ def test_help_is_plain_and_whole(command: tuple[str, ...]) -> None:
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.startswith("Usage: nsae")
     assert "..." not in outcome.out.partition("Commands:")[2], "no summary is cut short"
-    defaults = {"norms": "[default: the newest]", "train": "[default: relu unit,", "collect": "[default: the middle"}
+    defaults = {
+        "norms": "[default: the newest]",
+        "train": "[default: tanh-relu free,",
+        "collect": "[default: the middle",
+    }
     assert defaults.get(" ".join(command), "Usage") in " ".join(outcome.out.split())
 
 

@@ -33,12 +33,12 @@ USAGE: list[tuple[str, list[str]]] = [
     ("plot foo", ["'foo'", "'activation', 'training'"]),
     ("plot activation x", ["nsae plot training x"]),
     # choices: the known values are listed
-    ("train --act gelu", ["--act gelu", "relu or tanh-relu"]),
-    ("train --act relu,gelu", ["--act gelu", "relu or tanh-relu"]),
+    ("train --act gelu", ["--act gelu", "relu, tanh-relu, topk, batchtopk or jumprelu"]),
+    ("train --act relu,gelu", ["--act gelu", "relu, tanh-relu, topk, batchtopk or jumprelu"]),
     ("train --l2-norm 2", ["--l2-norm 2", "none, norm or sq"]),
     ("train --l1-norm sq", ["--l1-norm sq", "none or norm"]),
     ("train --decoder x", ["--decoder x", "unit, free or bounded"]),
-    ("train --sparsity l2", ["--sparsity l2", "l1, l1-decoder-norm or tanh"]),
+    ("train --sparsity l2", ["--sparsity l2", "l1, l1-decoder-norm, tanh or l0"]),
     ("train --alpha-scale x", ["--alpha-scale x", "layer-norm, none or note"]),
     ("train --sinks x", ["--sinks x", "keep or drop"]),
     ("train --device gpu", ["--device gpu", "auto, cpu, cuda, cuda:N or mps"]),
@@ -95,6 +95,17 @@ USAGE: list[tuple[str, list[str]]] = [
     ("train --d-sae 96 --expansion-factor 4", ["--d-sae", "--expansion-factor", "one of them"]),
     ("train --act tanh-relu --decoder unit", ["--act tanh-relu", "--decoder unit", "use --decoder free"]),
     ("train --act relu --decoder free", ["--act relu", "--decoder free", "use --decoder unit"]),
+    ("train --act topk --alpha 0.1", ["--alpha 0.1", "--act topk", "no sparsity penalty", "--k"]),
+    ("train --act batchtopk,topk --sparsity tanh", ["--sparsity tanh", "--act batchtopk,topk"]),
+    ("train --act topk --l1-norm norm", ["--l1-norm norm", "--act topk"]),
+    ("train --k 4", ["--k 4", "--act relu", "topk, batchtopk"]),
+    ("train --act jumprelu --aux-k 4", ["--aux-k 4", "--act jumprelu"]),
+    ("train --act topk --bandwidth 0.1", ["--bandwidth 0.1", "only with jumprelu"]),
+    ("train --act topk --k 0", ["--k 0", "at least 1"]),
+    ("train --act topk --k 4,97 --d-sae 96", ["--k 97", "96 features"]),
+    ("train --act topk --aux-k x", ["--aux-k x"]),
+    ("train --act jumprelu --sparsity l1", ["--act jumprelu", "--sparsity l1", "use --sparsity l0"]),
+    ("train --act relu --sparsity l0", ["--act relu", "--sparsity l0", "use --act jumprelu"]),
     ("collect --model mini --corpus builtin --text-column x", ["--text-column x", "built-in"]),
     ("collect --model mini --revision x", ["--revision x", "no hub model"]),
     # names
@@ -134,7 +145,10 @@ def test_every_problem_at_once(finished: Path) -> None:
         "--tokens", "foo", "--noise", "nan", "--sinks", "x",
     )  # fmt: skip
     assert outcome.code == 2
-    assert "--act gelu: expected relu or tanh-relu (and 5 more, listed above)" in outcome.message
+    assert (
+        "--act gelu: expected relu, tanh-relu, topk, batchtopk or jumprelu (and 5 more, listed above)"
+        in outcome.message
+    )
     for option in ("--act gelu", "--alpha x", "--lr -1", "--tokens foo", "--noise nan", "--sinks x"):
         assert [line for line in outcome.err.splitlines()[:-1] if line.startswith(f"{option}: expected")]
 

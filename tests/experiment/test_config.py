@@ -84,9 +84,9 @@ STAGES: dict[str, tuple[str, list[str]]] = {
         "train has no option 'learning_rat'", "train has no option 'l2_nrm'; did you mean 'l2_norm'?"]),
     "hyphens": ("  - train: {activations: s, l2-norm: sq}\n", ["no option 'l2-norm'; did you mean 'l2_norm'?"]),
     "wrong types": ("  - train: {activations: s, act: 3, lr: fast, deterministic: 5, tokens: 1.5}\n", [
-        "act 3: expected relu or tanh-relu", "lr fast: expected a number",
+        "act 3: expected relu, tanh-relu, topk, batchtopk or jumprelu", "lr fast: expected a number",
         "deterministic 5: expected true or false", "tokens 1.5: expected a whole number"]),
-    "mapping for a value": ("  - train: {activations: s, act: {a: b}}\n", ["act", "expected relu or tanh-relu"]),
+    "mapping for a value": ("  - train: {activations: s, act: {a: b}}\n", ["act", "expected relu, tanh-relu, topk"]),
     "list where one is wanted": ("  - collect: {model: [mini, gpt2]}\n", ["model mini,gpt2: expected a text"]),
     "no is no number": ("  - train: {activations: s, l2_norm: no}\n", ["l2_norm no: expected none, norm or sq"]),
     "duplicate key": ("  - norms: {name: a, name: b}\n", ["key 'name' appears twice (first in line 3)"]),

@@ -55,7 +55,7 @@ def test_asked_for_kernels_never_change():
 def test_a_resumed_kernel_goes_on_where_it_was():
     first = choose("auto", "auto", CPU).make(8, 200, RELU)
     step(first, 0.01)
-    calibration.save_points([Point(calibration.machine(), choose("auto", "auto", CPU).kind, 8, 200, 0.001)])
+    calibration.save_points([Point(calibration.machine(CPU), choose("auto", "auto", CPU).kind, 8, 200, 0.001)])
     second = choose("auto", "auto", CPU).make(8, 200, RELU)
     assert second.describe()["crossover_density"] == 0.001
     second.load_state(first.state())
@@ -92,6 +92,22 @@ def test_what_is_not_there_is_refused_with_the_reason(monkeypatch):
         choose("auto", "certified", CPU)
 
 
+def test_cuda_steps_sparsely_only_once_it_has_been_timed_there(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "there")
+    untimed = choose("auto", "auto", CUDA)
+    assert (untimed.kind, untimed.name) == ("none", "dense")
+    assert "nsae bench --calibrate" in untimed.reason
+    with pytest.raises(UsageError, match="give --kernel sparse too"):
+        choose("auto", "certified", CUDA)
+    assert choose("sparse", "auto", CUDA).kind == "triton"
+    calibration.save_points([Point(calibration.machine(CUDA), "triton", 768, 6144, 0.008)])
+    for precision, certify in (("auto", True), ("certified", True), ("fp32", False)):
+        timed = choose("auto", precision, CUDA)
+        assert (timed.kind, timed.certified, timed.dense) == ("triton", certify, True)
+    assert calibration.crossover("triton", CUDA, 768, 24576) == 0.008
+    assert calibration.crossover("triton", CPU, 768, 24576) is None
+
+
 def test_cuda_multiplies_in_bf16_unless_told_otherwise():
     assert choose("auto", "auto", CUDA).dense_dtype is torch.bfloat16
     assert choose("auto", "fp32", CUDA).dense_dtype is None
@@ -99,7 +115,7 @@ def test_cuda_multiplies_in_bf16_unless_told_otherwise():
 
 
 def test_measured_crossovers_of_this_machine_come_first_and_the_nearest_shape_wins():
-    here = calibration.machine()
+    here = calibration.machine(CPU)
     calibration.save_points(
         [
             Point(here, "native-fp32", 64, 512, 0.3),
@@ -107,11 +123,11 @@ def test_measured_crossovers_of_this_machine_come_first_and_the_nearest_shape_wi
             Point("another machine", "torch", 64, 512, 0.9),
         ]
     )
-    assert calibration.crossover("native-fp32", 64, 1024) == 0.3
-    assert calibration.crossover("native-fp32", 1024, 16384) == 0.1
-    assert calibration.crossover("torch", 64, 512) == calibration.DEFAULTS["torch"]
+    assert calibration.crossover("native-fp32", CPU, 64, 1024) == 0.3
+    assert calibration.crossover("native-fp32", CPU, 1024, 16384) == 0.1
+    assert calibration.crossover("torch", CPU, 64, 512) == calibration.DEFAULTS["torch"]
     calibration.save_points([Point(here, "native-fp32", 64, 512, 0.25)])
-    assert calibration.crossover("native-fp32", 64, 512) == 0.25
+    assert calibration.crossover("native-fp32", CPU, 64, 512) == 0.25
     assert len(calibration.load_points()) == 3
 
 
@@ -119,6 +135,6 @@ def test_measured_crossovers_of_this_machine_come_first_and_the_nearest_shape_wi
 def test_a_damaged_cache_is_no_cache(text):
     calibration.cache_file().parent.mkdir(parents=True)
     calibration.cache_file().write_text(text)
-    assert calibration.crossover("torch", 8, 8) == calibration.DEFAULTS["torch"]
+    assert calibration.crossover("torch", CPU, 8, 8) == calibration.DEFAULTS["torch"]
     calibration.save_points([Point("m", "torch", 1, 1, 0.5)])
     assert len(json.loads(calibration.cache_file().read_text())) == 1

@@ -79,7 +79,7 @@ def test_autograd_reference_passes_gradcheck(act, penalty):
         f = z.clamp(min=0) if act == "relu" else z.clamp(min=0).tanh()
         error = torch.einsum("bf,fd->bd", f, W_dec) + b_dec - problem.x
         norms = (W_dec**2).sum(1) ** 0.5
-        terms = {"l1": f, "l1-decoder-norm": f * norms, "tanh": torch.tanh(4 * f * norms)}
+        terms = {"l1": f, "l1-decoder-norm": f * norms, "tanh": torch.tanh(4 * f * norms), "l0": f > 0}
         return (problem.error_weight * (error**2).sum(1) + problem.sparsity_weight * terms[penalty].sum(1)).sum()
 
     leaves = [tensor.clone().requires_grad_() for tensor in problem.weights.tensors()]

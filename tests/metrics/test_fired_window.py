@@ -18,6 +18,19 @@ def test_a_feature_dies_when_its_last_batch_has_left_the_window() -> None:
     assert window.dead().tolist() == [True, False, True, True]
 
 
+def test_nothing_is_silent_over_a_window_that_is_not_full() -> None:
+    window = FiredWindow(4, window_tokens=100)
+    assert window.silent().tolist() == [False] * 4
+    window.update(A, 99)
+    assert window.silent().tolist() == [False] * 4
+    window.update(NONE, 1)
+    assert window.silent().tolist() == [False, True, True, True]
+    window.update(NONE, 98)
+    assert not window.silent()[0]
+    window.update(NONE, 1)
+    assert window.silent().all()
+
+
 def test_a_feature_that_fires_again_is_alive() -> None:
     window = FiredWindow(4, window_tokens=10)
     for fired in (A, NONE, NONE):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nsae_cli.kernels.reference import step_gradients
 from nsae_cli.sae.autoencoder import SparseAutoencoder
-from nsae_cli.sae.init import geometric_median, initialise
+from nsae_cli.sae.init import INITIAL_THRESHOLD, geometric_median, initialise
+from nsae_cli.sae.nonlinearity import BatchTopK, JumpRelu, TopK, make_nonlinearity
+from nsae_cli.sae.penalty import PENALTIES
 
 
 def rows(count: int = 1500, d_in: int = 24, sinks: int = 12) -> torch.Tensor:
@@ -20,8 +23,37 @@ def rows(count: int = 1500, d_in: int = 24, sinks: int = 12) -> torch.Tensor:
 def start(act: str, decoder: str, d_sae: int = 192, seed: int = 0) -> tuple[SparseAutoencoder, torch.Tensor]:
     x = rows()
     median = geometric_median(x[12:])
-    generator = torch.Generator().manual_seed(seed)
-    return SparseAutoencoder(act, initialise(act, decoder, d_sae, x, median, generator)), x
+    weights = initialise(make_nonlinearity(act), decoder, d_sae, x, median, torch.Generator().manual_seed(seed))
+    return SparseAutoencoder(act, weights), x
+
+
+SELECTING = [TopK(6), BatchTopK(6), JumpRelu(0.05)]
+
+
+@pytest.mark.parametrize("decoder", ["unit", "free", "bounded"])
+@pytest.mark.parametrize("nonlinearity", SELECTING, ids=lambda act: act.name)
+def test_selecting_activations_start_at_the_right_length(nonlinearity, decoder):
+    """The same by the reference kernel, which selects in its own way; two blocks of rows in the initialisation."""
+    x = rows()
+    median = geometric_median(x[12:])
+    weights = initialise(nonlinearity, decoder, 192, x, median, torch.Generator().manual_seed(0))
+    one = torch.ones(len(x))
+    result = step_gradients(
+        x, weights, weights.zeros_like(), activation=nonlinearity, penalty=PENALTIES["l1"], error_weight=one,
+        sparsity_weight=one,
+    )  # fmt: skip
+    x_hat, norm = x + result.error, torch.linalg.vector_norm
+    assert 0.8 <= float(norm(x_hat, dim=1).sum() / norm(x, dim=1).sum()) <= 1.25
+    centred = norm(x_hat - weights.b_dec, dim=1).sum() / norm(x - weights.b_dec, dim=1).sum()
+    assert float(centred) == pytest.approx(1.0, abs=2e-3)
+    lengths = norm(weights.W_dec, dim=1)
+    if decoder != "free":
+        torch.testing.assert_close(lengths, torch.ones(192))
+    if nonlinearity.name == "jumprelu":
+        torch.testing.assert_close(weights.log_threshold.exp(), torch.full((192,), INITIAL_THRESHOLD))
+    else:
+        assert weights.log_threshold is None
+        assert float(result.l0.mean()) == pytest.approx(6, abs=1e-6)
 
 
 ALLOWED = [
@@ -72,11 +104,13 @@ def test_a_bounded_decoder_too_short_for_the_rows_is_nearly_saturated():
 @pytest.mark.parametrize(("act", "decoder"), ALLOWED)
 def test_rows_that_are_all_equal_or_never_fire_give_finite_weights(act, decoder):
     x = torch.ones(10, 4)
-    weights = initialise(act, decoder, 8, x, geometric_median(x), torch.Generator().manual_seed(0))
+    weights = initialise(make_nonlinearity(act), decoder, 8, x, geometric_median(x), torch.Generator().manual_seed(0))
     assert all(tensor.isfinite().all() for tensor in weights.tensors())
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(1, 4, generator=generator, dtype=torch.float64).float()
-    weights = initialise(act, decoder, 1, -direction, torch.zeros(4), torch.Generator().manual_seed(0))
+    weights = initialise(
+        make_nonlinearity(act), decoder, 1, -direction, torch.zeros(4), torch.Generator().manual_seed(0)
+    )
     assert all(tensor.isfinite().all() for tensor in weights.tensors())
 
 

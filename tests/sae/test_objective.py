@@ -39,6 +39,7 @@ NORMS = torch.tensor([2.0, 0.5, 0.25], dtype=torch.float64)
         ("l1", [0.7, 0.4]),
         ("l1-decoder-norm", [1.0 + 0.05, 0.2 + 0.15]),
         ("tanh", [math.tanh(4.0) + math.tanh(0.2), math.tanh(0.8) + math.tanh(0.6)]),
+        ("l0", [2.0, 2.0]),
     ],
 )
 def test_penalties(penalty, expected):
@@ -47,7 +48,7 @@ def test_penalties(penalty, expected):
     torch.testing.assert_close(PENALTIES[penalty].row_sums(ACTS, NORMS), expected)
 
 
-@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("penalty", sorted(PENALTIES.keys() - {"l0"}))
 def test_slopes_are_the_derivatives_of_the_value(penalty):
     acts, norms = ACTS.clone().requires_grad_(), NORMS.expand(2, 3).clone().requires_grad_()
     PENALTIES[penalty].value(acts, norms).sum().backward()
@@ -55,6 +56,14 @@ def test_slopes_are_the_derivatives_of_the_value(penalty):
     torch.testing.assert_close(torch.as_tensor(by_act, dtype=torch.float64).expand(2, 3), acts.grad)
     found = torch.zeros(2, 3, dtype=torch.float64) if norms.grad is None else norms.grad
     torch.testing.assert_close(torch.as_tensor(by_norm, dtype=torch.float64).expand(2, 3), found)
+
+
+def test_a_count_has_no_slope_but_a_jump():
+    assert PENALTIES["l0"].slopes(ACTS, None) == (0.0, 0.0)
+    for name, penalty in PENALTIES.items():
+        just_on = torch.full((1, 1), 1e-9, dtype=torch.float64)
+        jump = float(penalty.value(just_on, torch.ones(1, dtype=torch.float64)))
+        assert jump == pytest.approx(penalty.jump, abs=1e-8), name
 
 
 # α = .3, ñ = 4, mean n^(2−p) over the training rows 50. (p, q, h) of each case.
@@ -125,7 +134,7 @@ def raw_loss(sae: SparseAutoencoder, x, sparsity: str, p: int, q: int, beta: flo
     error = f @ W.W_dec + W.b_dec - x
     n = (x**2).sum(1).sqrt()
     contribution = f * (W.W_dec**2).sum(1).sqrt()
-    terms = {"l1": f, "l1-decoder-norm": contribution, "tanh": (4 * contribution * s).tanh()}
+    terms = {"l1": f, "l1-decoder-norm": contribution, "tanh": (4 * contribution * s).tanh(), "l0": (f > 0).double()}
     return float((n**-p * (error**2).sum(1) + beta * n**-q * terms[sparsity].sum(1)).mean())
 
 

@@ -17,29 +17,33 @@ from nsae_cli.sae.autoencoder import SparseAutoencoder
 from nsae_cli.store import commit
 from nsae_cli.store.sae_folder import write_run, write_sae
 
+ACTS = ("relu", "tanh-relu", "topk", "jumprelu")
+
 
 def make_sae(act: str) -> SparseAutoencoder:
     generator = torch.Generator().manual_seed(4)
-    return SparseAutoencoder(
-        act, Weights(*(torch.randn(size, generator=generator) * 0.4 for size in ((8, 24), (24,), (24, 8), (8,))))
-    )
+    weights = Weights(*(torch.randn(size, generator=generator) * 0.4 for size in ((8, 24), (24,), (24, 8), (8,))))
+    threshold = torch.rand(24, generator=generator) + 0.2
+    return SparseAutoencoder(act, weights, 5 if act == "topk" else None, threshold if act == "jumprelu" else None)
 
 
 def save(folder: Path, act: str = "relu") -> SparseAutoencoder:
     folder.mkdir()
     sae = make_sae(act)
     write_sae(folder, sae, {"model_name": "gpt2", "hook_name": "blocks.2.hook_resid_post"})
-    hashes = {name: commit.tensor_sha256(tensor) for name, tensor in sae.weights.named().items()}
+    hashes = {name: commit.tensor_sha256(tensor) for name, tensor in sae.named().items()}
     write_run(folder, {"format_version": 1, "hook": "blocks.2.hook_resid_post", "weights_sha256": hashes})
     return sae
 
 
-@pytest.mark.parametrize("act", ["relu", "tanh-relu"])
+@pytest.mark.parametrize("act", ACTS)
 def test_an_sae_comes_back_bit_for_bit(tmp_path, act):
     sae = save(tmp_path / "sae", act)
     back = load_sae(tmp_path / "sae")
     assert back.act == act
-    assert all(torch.equal(a, b) for a, b in zip(back.weights.tensors(), sae.weights.tensors(), strict=True))
+    assert back.named().keys() == sae.named().keys()
+    assert all(torch.equal(a, b) for a, b in zip(back.named().values(), sae.named().values(), strict=True))
+    assert back.k == sae.k
     x = torch.randn(5, 8)
     assert torch.equal(back(x), sae.decode(sae.encode(x)))
 
@@ -53,6 +57,45 @@ def test_the_layout_is_saelens(tmp_path):
     assert config["metadata"]["sae_lens_version"] == "6.0.0"
     shapes = {name: tuple(t.shape) for name, t in load_file(tmp_path / "sae" / "sae_weights.safetensors").items()}
     assert shapes == {"W_enc": (8, 24), "b_enc": (24,), "W_dec": (24, 8), "b_dec": (8,)}
+
+
+def test_topk_and_jumprelu_are_laid_out_as_in_saelens(tmp_path):
+    for act in ("topk", "jumprelu"):
+        save(tmp_path / act, act)
+        assert json.loads((tmp_path / act / "cfg.json").read_text())["architecture"] == act
+    config = json.loads((tmp_path / "topk" / "cfg.json").read_text())
+    assert (config["k"], config["rescale_acts_by_decoder_norm"]) == (5, False)
+    assert load_file(tmp_path / "jumprelu" / "sae_weights.safetensors")["threshold"].shape == (24,)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"k": 0}, "k is 0"), ({"k": 25}, "k is 25"), ({"k": None}, "k is None"), ({"k": "5"}, "k is '5'"),
+     ({"rescale_acts_by_decoder_norm": True}, "rescale")],
+)  # fmt: skip
+def test_a_topk_sae_that_cannot_be_what_it_says(tmp_path, change, said):
+    save(tmp_path / "sae", "topk")
+    path = tmp_path / "sae" / "cfg.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ArtifactError, match=said):
+        load_sae(tmp_path / "sae")
+
+
+def test_a_jumprelu_sae_without_thresholds(tmp_path):
+    save(tmp_path / "sae", "jumprelu")
+    break_weights(tmp_path / "sae", threshold=None)
+    with pytest.raises(ArtifactError, match="threshold is missing"):
+        load_sae(tmp_path / "sae")
+
+
+def test_encoding_by_hand():
+    """pre_acts = (3, 1, 2, −1) and (1, 1, 1, 1)."""
+    identity = Weights(torch.eye(4), torch.zeros(4), torch.eye(4), torch.zeros(4))
+    x = torch.tensor([[[3.0, 1.0, 2.0, -1.0]], [[1.0, 1.0, 1.0, 1.0]]])
+    topk = SparseAutoencoder("topk", identity, k=2)
+    assert topk.encode(x).tolist() == [[[3, 0, 2, 0]], [[1, 1, 0, 0]]]
+    jump = SparseAutoencoder("jumprelu", identity, threshold=torch.tensor([0.5, 1.0, 2.5, 0.0]))
+    assert jump.encode(x).tolist() == [[[3, 0, 0, 0]], [[1, 0, 0, 1]]]
 
 
 def break_weights(folder: Path, **changes: torch.Tensor | None) -> None:
@@ -81,7 +124,7 @@ def test_a_tanh_relu_sae_is_never_read_as_relu_nor_any_unknown_one(tmp_path):
     save(tmp_path / "sae", "tanh-relu")
     path = tmp_path / "sae" / "cfg.json"
     assert json.loads(path.read_text())["architecture"] == "nsae_tanh_relu"
-    path.write_text(path.read_text().replace("nsae_tanh_relu", "jumprelu"))
+    path.write_text(path.read_text().replace("nsae_tanh_relu", "gated"))
     with pytest.raises(ArtifactError, match="unknown architecture"):
         load_sae(tmp_path / "sae")
 
@@ -126,9 +169,10 @@ def test_pickles_are_not_opened(tmp_path, monkeypatch):
 
 @pytest.mark.peer
 @pytest.mark.filterwarnings("ignore")
-def test_saelens_opens_a_relu_sae_and_reconstructs_alike(tmp_path):
+@pytest.mark.parametrize("act", ["relu", "topk", "jumprelu"])
+def test_saelens_opens_an_sae_and_reconstructs_alike(tmp_path, act):
     sae_lens = pytest.importorskip("sae_lens", reason="the peer sae_lens is not installed")
-    sae = save(tmp_path / "sae")
+    sae = save(tmp_path / "sae", act)
     theirs = sae_lens.SAE.load_from_disk(tmp_path / "sae", device="cpu")
     x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0)) * 5
     with torch.no_grad():

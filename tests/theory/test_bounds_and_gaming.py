@@ -169,4 +169,5 @@ def test_exactly_these_combinations_are_refused() -> None:
         for sparsity in PENALTIES
         if refused_combination(act, decoder, sparsity) is not None
     }
-    assert refused == {("tanh-relu", "unit", sparsity) for sparsity in PENALTIES} | {("relu", "free", "l1")}
+    unbounded = {("tanh-relu", "unit", sparsity) for sparsity in PENALTIES} | {("relu", "free", "l1")}
+    assert refused == unbounded | {(act, decoder, "l0") for act in ACTS for decoder in DECODERS}

@@ -71,7 +71,7 @@ def test_a_calibration_is_kept_and_used(tmp_path, monkeypatch):
         assert 0.01 <= row["crossover"] <= 0.45
     kind = choose("sparse", "fp32", CPU).kind
     [fp32] = [row["crossover"] for row in result["crossovers"] if "fp32" in row["kernel"]]
-    assert calibration.crossover(kind, 16, 96) == fp32
+    assert calibration.crossover(kind, CPU, 16, 96) == fp32
 
 
 def test_more_active_features_than_there_are():

@@ -31,6 +31,36 @@ def test_defaults():
     assert (other.decoder, other.alpha) == ("free", 0.03)
 
 
+def test_defaults_of_selecting_activations():
+    of = {name: cell for name, cell in cells(act="relu,topk,batchtopk,jumprelu", d_in=96).items()}
+    assert list(of) == ["L6-relu", "L6-topk", "L6-batchtopk", "L6-jumprelu"]
+    for name in ("topk", "batchtopk"):
+        cell = of[f"L6-{name}"]
+        assert (cell.decoder, cell.sparsity, cell.alpha, cell.k, cell.aux_k) == ("unit", "l1", 0.0, 32, 64)
+        assert cell.bandwidth is None
+    jump = of["L6-jumprelu"]
+    assert (jump.decoder, jump.sparsity, jump.alpha, jump.bandwidth) == ("unit", "l0", 0.003, 0.05)
+    for cell in (jump, of["L6-relu"]):
+        assert (cell.k, cell.aux_k) == (None, None)
+    [small] = cells(act="topk", d_sae="20").values()
+    assert small.k == 2
+    [off] = cells(act="topk", aux_k="off").values()
+    assert off.aux_k is None
+    [four] = cells(act="topk", aux_k="4").values()
+    assert four.aux_k == 4
+
+
+def test_in_a_grid_an_option_is_for_the_activations_that_it_belongs_to():
+    assert list(cells(act="relu,topk,jumprelu", k="16,64", alpha="0.1,0.2", bandwidth="0.1,1")) == [
+        "L6-relu-alpha0.1", "L6-relu-alpha0.2", "L6-topk-k16", "L6-topk-k64",
+        "L6-jumprelu-alpha0.1-bandwidth0.1", "L6-jumprelu-alpha0.1-bandwidth1",
+        "L6-jumprelu-alpha0.2-bandwidth0.1", "L6-jumprelu-alpha0.2-bandwidth1",
+    ]  # fmt: skip
+    [relu, topk] = cells(act="relu,topk", alpha="0.1", sparsity="tanh", l1_norm="norm", alpha_scale="none").values()
+    assert (relu.alpha, relu.sparsity, relu.l1_norm, relu.alpha_scale) == (0.1, "tanh", "norm", "none")
+    assert (topk.alpha, topk.sparsity, topk.l1_norm, topk.alpha_scale) == (0.0, "l1", "none", "layer-norm")
+
+
 def test_learning_rate_follows_the_width():
     assert default_lr(16384) == pytest.approx(2e-4)
     [narrow, wide] = cells(d_sae="4096,16384").values()

@@ -30,7 +30,7 @@ def command(
             metavar="ID|DIR|mini|mini-sink", help="Instead of a store: train on what this model makes of the corpus."
         ),
     ] = None,
-    act: Annotated[str, typer.Option(metavar="relu|tanh-relu", help="* Activation.")] = "relu",
+    act: Annotated[str, typer.Option(metavar="relu|tanh-relu|topk|batchtopk|jumprelu", help="* Activation.")] = "relu",
     l2_norm: Annotated[
         str, typer.Option(metavar="none|norm|sq", help="* Divide the squared error by nothing, ‖x‖ or ‖x‖².")
     ] = "none",
@@ -41,18 +41,41 @@ def command(
         str | None,
         typer.Option(
             metavar="unit|free|bounded",
-            help="* W_dec's rows: norm 1, free, or scaled norm ≤ 1 [default: relu unit, tanh-relu free].",
+            help="* W_dec's rows: norm 1, free, or scaled norm ≤ 1 [default: tanh-relu free, the others unit].",
         ),
     ] = None,
-    sparsity: Annotated[str, typer.Option(metavar="l1|l1-decoder-norm|tanh", help="* Sparsity penalty.")] = "l1",
+    sparsity: Annotated[
+        str | None,
+        typer.Option(metavar="l1|l1-decoder-norm|tanh|l0", help="* Sparsity penalty [default: jumprelu l0, else l1]."),
+    ] = None,
     alpha: Annotated[
         str | None,
-        typer.Option(metavar="FLOAT", help="* Sparsity coefficient α [default: relu 0.2, tanh-relu 0.03]."),
+        typer.Option(
+            metavar="FLOAT",
+            help="* Sparsity coefficient α [default: relu 0.2, tanh-relu 0.03, jumprelu 0.003]; none with topk.",
+        ),
     ] = None,
     alpha_scale: Annotated[
         str, typer.Option(metavar="layer-norm|none|note", help="* How the penalty's weight β follows from α.")
     ] = "layer-norm",
     alpha_warm_up: Annotated[str, typer.Option(metavar="SHARE", help="Share of the steps over which α rises.")] = "20%",
+    k: Annotated[
+        str | None,
+        typer.Option(
+            metavar="INT", help="* topk, batchtopk: active features per row [default: 32, at most an eighth of all]."
+        ),
+    ] = None,
+    aux_k: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|off|INT",
+            help="topk, batchtopk: dead features that model each row's error; auto is a power of two near d_in/2.",
+        ),
+    ] = "auto",
+    bandwidth: Annotated[
+        str | None,
+        typer.Option(metavar="FLOAT", help="* jumprelu: ε of its thresholds' gradient, scaled units [default: 0.05]."),
+    ] = None,
     noise: Annotated[
         str, typer.Option(metavar="FLOAT", help="* σ of training noise on pre-activations, in scaled units.")
     ] = "0",

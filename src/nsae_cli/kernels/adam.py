@@ -1,4 +1,4 @@
-"""Adam over an SAE's four parameters: torch's own fused operation where the device has one."""
+"""Adam over an SAE's parameters: torch's own fused operation where the device has one."""
 
 from __future__ import annotations
 
@@ -40,9 +40,12 @@ class Adam:
         self._apply(gradients.named(), lr)
         self._count()
 
-    def step_biases(self, b_enc: torch.Tensor, b_dec: torch.Tensor, lr: float) -> None:
-        """One update of the biases with these gradients, by a caller that then updates W_enc and W_dec itself."""
-        self._apply({"b_enc": b_enc, "b_dec": b_dec}, lr)
+    def step_biases(
+        self, b_enc: torch.Tensor, b_dec: torch.Tensor, lr: float, log_threshold: torch.Tensor | None = None
+    ) -> None:
+        """One update of biases and thresholds with these gradients, by a caller that updates W_enc and W_dec itself."""
+        thresholds = {} if log_threshold is None else {"log_threshold": log_threshold}
+        self._apply({"b_enc": b_enc, "b_dec": b_dec} | thresholds, lr)
         for name in ("W_enc", "W_dec"):
             self._steps[name] += 1
         self._count()

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-#: Density by kind of sparse step, at d_in 768 and d_sae 6144 on a Zen 4 core. Triton's is an estimate for an H200 until
-#: it is measured: gathers at 6.5 TB/s against bfloat16 products at 600 TFLOP/s.
-DEFAULTS = {"native-certified": 0.2, "native-fp32": 0.2, "torch": 0.05, "triton": 0.01}
+#: Density by kind of sparse step, at d_in 768, d_sae 6144, on a Zen 4 core. None for Triton's: it was timed on no
+#: GPU yet, and dense steps stand in until this machine's own cross-over is measured.
+DEFAULTS = {"native-certified": 0.2, "native-fp32": 0.2, "torch": 0.05}
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Point:
     """A measured cross-over.
 
     Attributes:
-        machine: processor, instruction set, threads and torch's version that it holds for.
+        machine: see `machine`.
         kind: of the sparse step.
         d_in, d_sae: of the SAE.
         density: at which dense and sparse step take the same time.
@@ -38,8 +38,11 @@ class Point:
     density: float
 
 
-def machine() -> str:
-    """What a measurement depends on beside the SAE's shape."""
+def machine(device: torch.device) -> str:
+    """What a measurement depends on beside the SAE's shape: processor and threads, or GPU; torch's version."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else "none"
+        return f"GPU {name}, torch {torch.__version__}"
     return f"{platform.machine()} {_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
@@ -75,11 +78,17 @@ def save_points(points: list[Point]) -> None:
     temporary.replace(path)
 
 
-def crossover(kind: str, d_in: int, d_sae: int) -> float:
-    """The cross-over density of a sparse step: this machine's measurement nearest in size, else the default."""
-    here = machine()
+def crossover(kind: str, device: torch.device, d_in: int, d_sae: int) -> float | None:
+    """The cross-over density of a sparse step: the measurement nearest in size, else the default.
+
+    Args:
+        kind: a key of `DEFAULTS`, or ``triton``, of which there may be neither: None.
+        device: where the steps are taken.
+        d_in, d_sae: of the SAE.
+    """
+    here = machine(device)
     points = [point for point in load_points() if (point.machine, point.kind) == (here, kind)]
     if not points:
-        return DEFAULTS[kind]
+        return DEFAULTS.get(kind)
     nearest = min(points, key=lambda p: abs(math.log(p.d_in * p.d_sae / (d_in * d_sae))))
     return nearest.density

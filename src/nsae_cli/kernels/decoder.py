@@ -29,7 +29,7 @@ def bound_rows_(W_dec: torch.Tensor, bound: float = 1.0) -> None:
 
 @torch.no_grad()
 def clip_norm_(gradients: Weights, largest: float) -> None:
-    """g ← g·min(1, largest/‖g‖), ‖g‖ over all four gradients together."""
+    """g ← g·min(1, largest/‖g‖), ‖g‖ over all gradients together."""
     norms = [torch.linalg.vector_norm(gradient) for gradient in gradients.tensors()]
     factor = (largest / torch.linalg.vector_norm(torch.stack(norms)).clamp_min(1e-30)).clamp_max(1.0)
     for gradient in gradients.tensors():

@@ -12,6 +12,7 @@ import torch
 
 from nsae_cli.kernels import scratch
 from nsae_cli.kernels.adam import Adam
+from nsae_cli.kernels.dense_selection import make_selection
 from nsae_cli.kernels.types import Activation, Penalty, StepResult, Weights
 from nsae_cli.kernels.update import GradientBuffer
 
@@ -26,7 +27,7 @@ class DenseGradients:
 
     Attributes:
         result: the step's loss terms.
-        gradients: all four.
+        gradients: all of them.
     """
 
     result: StepResult
@@ -117,9 +118,22 @@ class DenseStep:
         rows, d_sae = x.shape[0], weights.b_enc.shape[0]
         norms = torch.linalg.vector_norm(weights.W_dec, dim=1) if penalty.uses_decoder_norms else None
         norm_gradient = torch.zeros_like(weights.b_enc) if norms is not None else None
-        for bias in (gradients.b_enc, gradients.b_dec):
-            bias.zero_()
+        for total in (gradients.b_enc, gradients.b_dec) if rows else gradients.tensors():
+            total.zero_()
         W_enc, W_dec = self._operand(weights.W_enc), self._operand(weights.W_dec)
+
+        def pre_activations(part: slice) -> torch.Tensor:
+            z = scratch.buffer("acts", part.stop - part.start, d_sae, x.dtype, x.device)
+            self._product(z, x[part], W_enc, weights.b_enc)
+            return z if noise is None else z.add_(noise[part])
+
+        blocks = self._blocks(rows, d_sae, x)
+        selection = make_selection(activation.selection, weights, rows)
+        acts = x.new_empty(0, d_sae)
+        if selection.two_passes:
+            for part in blocks:
+                acts = pre_activations(part)
+                selection.look(acts)
         result = StepResult(
             error=torch.empty_like(x),
             sq_error=x.new_empty(rows),
@@ -127,15 +141,16 @@ class DenseStep:
             l0=x.new_empty(rows),
             l1=x.new_empty(rows),
             fired=torch.zeros(d_sae, dtype=torch.bool, device=x.device),
+            least_act=selection.least_act(acts[:0]),
         )
-        for part in self._blocks(rows, d_sae, x):
+        for part in blocks:
             x_part, error = x[part], result.error[part]
-            acts, delta = (scratch.buffer(name, len(x_part), d_sae, x.dtype, x.device) for name in ("acts", "delta"))
-
-            self._product(acts, x_part, W_enc, weights.b_enc)
-            if noise is not None:
-                acts.add_(noise[part])
+            if not selection.two_passes or len(blocks) > 1:  # one block's are there still
+                acts = pre_activations(part)
+            delta = scratch.buffer("delta", len(x_part), d_sae, x.dtype, x.device)
+            selection.apply_(acts)
             activation.value_(acts)
+            result.least_act = selection.least_act(acts)
             self._product(error, acts, W_dec, weights.b_dec)
             error -= x_part
             result.sq_error[part] = torch.linalg.vecdot(error, error)
@@ -157,12 +172,14 @@ class DenseStep:
                 delta.add_((pull * act_slope)[:, None])
             if norm_gradient is not None and isinstance(norm_slope, torch.Tensor):
                 norm_gradient.add_(pull @ norm_slope.expand_as(delta))
+            selection.learn(delta, pull)
             activation.scale_by_derivative_(delta, acts)
             gradients.b_enc.add_(delta.sum(dim=0))
             self._accumulate(gradients.W_enc, x_part, delta, first=part.start == 0)
         if norms is not None and norm_gradient is not None:
             # ∂‖d_i‖/∂d_i = d_i/‖d_i‖; a zero row has no direction and torch's own norm gives it gradient 0.
             gradients.W_dec.addcmul_(weights.W_dec, (norm_gradient / norms.clamp_min(1e-30))[:, None])
+        selection.write(gradients, penalty.jump)
         return result
 
     def _blocks(self, rows: int, d_sae: int, x: torch.Tensor) -> list[slice]:
@@ -171,6 +188,8 @@ class DenseStep:
         if most is None:
             by_memory = max(_MIN_BLOCK_ROWS, _BLOCK_BYTES // (d_sae * x.element_size()))
             most = by_memory if x.device.type == "cpu" else rows
+        if not rows:
+            return []
         count = -(-rows // most)
         size = -(-rows // count)
         return [slice(start, min(rows, start + size)) for start in range(0, rows, size)]

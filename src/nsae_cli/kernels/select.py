@@ -79,7 +79,7 @@ class Choice:
         """The kernel of one SAE: it keeps what it knows of the SAE's weights and density."""
         sparse = None if self.sparse is None else SparseStep(self._ops())
         dense = DenseStep(self.dense_dtype) if self.dense else None
-        crossover = calibration.crossover(self.kind, d_in, d_sae) if sparse and dense else None
+        crossover = calibration.crossover(self.kind, self.device, d_in, d_sae) if sparse and dense else None
         top_k = activation.selection.top_k
         density = None if top_k is None else top_k / d_sae
         return AdaptiveKernel(dense, sparse, crossover, density)
@@ -120,22 +120,13 @@ def choose(kernel: KernelOption, precision: PrecisionOption, device: torch.devic
     """
     if kernel == "dense" and precision == "certified":
         raise UsageError("--kernel dense with --precision certified: only sparse steps have a certified encoder")
-    if device.type == "cuda" and kernel != "dense" and importlib.util.find_spec("triton"):
-        certify = precision != "fp32"
-        why = f"Triton, {'certified bf16 encoder' if certify else 'fp32 encoder'}"
-        if kernel == "sparse":
-            return Choice("sparse", f"asked for; {why}", device, "triton", certify, False, None)
-        bf16 = precision == "auto"
-        why += f"; {'bf16 products, fp32 master weights' if bf16 else 'fp32'} in dense steps"
-        matmul_dtype = torch.bfloat16 if bf16 else None
-        return Choice("auto", f"dense or sparse by density; {why}", device, "triton", certify, True, matmul_dtype)
+    if device.type == "cuda":
+        return _cuda_choice(kernel, precision, device)
     if device.type != "cpu":
         if kernel == "sparse" or precision == "certified":
             option = "--kernel sparse" if kernel == "sparse" else "--precision certified"
             raise UsageError(f"{option}: only on the CPU, and on CUDA with triton; leave it out or use --device cpu")
-        bf16 = device.type == "cuda" and precision == "auto"
-        why = f"{device.type}: {'bf16 products, fp32 master weights' if bf16 else 'fp32'}"
-        return Choice("dense", why, device, None, False, True, torch.bfloat16 if bf16 else None)
+        return Choice("dense", f"{device.type}: fp32", device, None, False, True, None)
     if kernel == "dense":
         return Choice("dense", "asked for; fp32, closed-form gradients", device, None, False, True, None)
     loops = library.load()
@@ -153,6 +144,31 @@ def choose(kernel: KernelOption, precision: PrecisionOption, device: torch.devic
     else:
         encoder = "fp32 encoder" + (", no bf16 products in this processor" if precision == "auto" else "")
     return _cpu_choice(kernel, f"{loops.isa}, {encoder}", device, "native", certify)
+
+
+def _cuda_choice(kernel: KernelOption, precision: PrecisionOption, device: torch.device) -> Choice:
+    bf16 = precision == "auto"
+    dense = f"{'bf16 products, fp32 master weights' if bf16 else 'fp32'}"
+    matmul_dtype = torch.bfloat16 if bf16 else None
+    has_triton = importlib.util.find_spec("triton") is not None
+    certify = precision != "fp32"
+    triton = f"Triton, {'certified bf16 encoder' if certify else 'fp32 encoder'}"
+    if not has_triton and (kernel == "sparse" or precision == "certified"):
+        option = "--kernel sparse" if kernel == "sparse" else "--precision certified"
+        raise UsageError(f"{option}: only on the CPU, and on CUDA with triton; leave it out or use --device cpu")
+    if kernel == "sparse":
+        return Choice("sparse", f"asked for; {triton}", device, "triton", certify, False, None)
+    if kernel == "auto" and has_triton and calibration.crossover("triton", device, 1, 1) is not None:
+        why = f"dense or sparse by density; {triton}; {dense} in dense steps"
+        return Choice("auto", why, device, "triton", certify, True, matmul_dtype)
+    if precision == "certified":
+        raise UsageError(
+            "--precision certified on CUDA: give --kernel sparse too, or run `nsae bench --calibrate` first"
+        )
+    why = f"cuda: {dense}"
+    if kernel == "auto" and has_triton:
+        why += "; sparse steps only once `nsae bench --calibrate` has timed them on this GPU"
+    return Choice("dense", why, device, None, False, True, matmul_dtype)
 
 
 def _cpu_choice(

@@ -21,8 +21,12 @@ import torch
 
 from nsae_cli.kernels.adam import Adam
 from nsae_cli.kernels.entries import Columns, Entries, SparseOps, UpdatingOps
+from nsae_cli.kernels.jump import in_band_, threshold_gradient_of_entries
 from nsae_cli.kernels.types import Activation, Penalty, StepResult, Weights
 from nsae_cli.kernels.update import GradientBuffer
+
+#: How often batch-top-k guesses a threshold before it looks at everything that is positive.
+_ATTEMPTS = 3
 
 
 class SparseStep:
@@ -86,8 +90,8 @@ class SparseStep:
             into: taken by `full` only.
             x, weights, activation, penalty, error_weight, sparsity_weight, noise: see `reference.step_gradients`.
         """
-        ops = self._ops
-        entries = self._entries(x, weights, activation, noise)
+        ops, selection = self._ops, activation.selection
+        entries, band = self._entries(x, weights, activation, noise)
         acts = activation.value_(entries.pre_acts.clone())
         error, sq_error, dots = ops.decode(entries, acts, weights, x)
 
@@ -103,6 +107,16 @@ class SparseStep:
             delta.addcmul_(row_sparsity, act_slope)
         else:  # a number stays on the host: as a tensor it would be copied to the device, which waits
             delta.add_(row_sparsity, alpha=act_slope)
+        log_threshold = None
+        if weights.log_threshold is not None and band is not None and selection.bandwidth is not None:
+            log_threshold = threshold_gradient_of_entries(
+                weights.log_threshold,
+                entries.cols,
+                band * delta,
+                band * row_sparsity,
+                selection.bandwidth,
+                penalty.jump,
+            )
         activation.scale_by_derivative_(delta, acts)
         columns = ops.by_feature(entries, len(weights.b_enc), delta, row_pull * acts, dots)
 
@@ -114,19 +128,26 @@ class SparseStep:
             along = (pull_of_norm / norms.double().clamp_min(1e-30)).to(x.dtype)
         penalties = penalty.value(acts, norms_here)
         l1 = ops.row_sums(entries, acts)
+        l0, fired = counts.to(x.dtype), columns.counts > 0
+        if band is not None:  # entries just below their threshold are among them, with acts of 0
+            active = acts > 0
+            l0, fired = ops.row_sums(entries, active.to(x.dtype)), torch.zeros_like(fired)
+            fired[entries.cols[active]] = True
         result = StepResult(
             error=error,
             sq_error=sq_error,
             penalty=l1 if penalties is acts else ops.row_sums(entries, penalties),
-            l0=counts.to(x.dtype),
+            l0=l0,
             l1=l1,
-            fired=columns.counts > 0,
+            fired=fired,
+            least_act=torch.cat([acts, acts.new_tensor([torch.inf])]).min() if selection.over == "batch" else None,
         )
         return SparseGradients(
             ops=ops,
             result=result,
             b_enc=columns.sum_delta.to(x.dtype),
             b_dec=error_pull @ error,
+            log_threshold=log_threshold,
             columns=columns,
             along=along,
             x=x,
@@ -136,24 +157,42 @@ class SparseStep:
 
     def _entries(
         self, x: torch.Tensor, weights: Weights, activation: Activation, noise: torch.Tensor | None
-    ) -> Entries:
+    ) -> tuple[Entries, torch.Tensor | None]:
+        """The entries that may be active; with thresholds also those just below, and K of `jump` for each [E]."""
         selection = activation.selection
+        if selection.bandwidth is not None:
+            return self._above_threshold(x, weights, selection.bandwidth, noise)
+        if selection.top_k is None or selection.over == "row":
+            find = self._ops.active
+            return find(x, weights, weights.b_enc, noise=noise, threshold=0.0, top_k=selection.top_k), None
+        return self._largest_of_batch(x, weights, selection.top_k * len(x), noise), None
+
+    def _above_threshold(
+        self, x: torch.Tensor, weights: Weights, bandwidth: float, noise: torch.Tensor | None
+    ) -> tuple[Entries, torch.Tensor]:
+        assert weights.log_threshold is not None
+        lower_edge = weights.log_threshold.exp() - bandwidth / 2
+        entries = self._ops.active(x, weights, weights.b_enc - lower_edge, noise=noise, threshold=0.0, top_k=None)
+        gap = entries.pre_acts - bandwidth / 2
+        pre_acts = (entries.pre_acts + lower_edge[entries.cols]).masked_fill_(gap <= 0, 0)
+        return Entries(entries.row_ptr, entries.cols, pre_acts), in_band_(gap, bandwidth)
+
+    def _largest_of_batch(self, x: torch.Tensor, weights: Weights, most: int, noise: torch.Tensor | None) -> Entries:
         find = self._ops.active
-        if selection.top_k is None:
-            return find(x, weights, weights.b_enc, noise=noise, threshold=0.0, top_k=None)
-        if selection.over == "row":
-            return find(x, weights, weights.b_enc, noise=noise, threshold=0.0, top_k=selection.top_k)
-        most = selection.top_k * len(x)
         threshold = self._guess
         entries = find(x, weights, weights.b_enc, noise=noise, threshold=threshold, top_k=None)
+        lowered = 0
         while len(entries.cols) < most and threshold > 0:
-            threshold = threshold * 0.5 if threshold > 1e-30 else 0.0
+            # Every attempt is a whole encoder product, and there may be less to find than is wanted.
+            lowered += 1
+            threshold = threshold / 2 if lowered < _ATTEMPTS else 0.0
             entries = find(x, weights, weights.b_enc, noise=noise, threshold=threshold, top_k=None)
         if len(entries.cols) <= most or not len(x):
+            self._guess = 0.0
             return entries
         least = torch.kthvalue(entries.pre_acts, len(entries.cols) - most + 1).values
-        wanted = entries.pre_acts > least
         ties = entries.pre_acts == least
+        wanted = ~(entries.pre_acts <= least)  # a NaN too
         wanted |= ties & (torch.cumsum(ties, 0) <= most - wanted.sum())  # the first in the order of rows and columns
         self._guess = 0.9 * float(least)
         return entries.keep(wanted)
@@ -167,6 +206,7 @@ class SparseGradients:
         result: the step's loss terms.
         b_enc: [F]
         b_dec: [d]
+        log_threshold: [F], None where the activation has no thresholds
         along: what is added to ∂W_dec,j in the direction of W_dec,j, [F]
     """
 
@@ -174,6 +214,7 @@ class SparseGradients:
     result: StepResult
     b_enc: torch.Tensor
     b_dec: torch.Tensor
+    log_threshold: torch.Tensor | None
     columns: Columns
     along: torch.Tensor
     x: torch.Tensor
@@ -186,9 +227,11 @@ class SparseGradients:
         return self.into.get()
 
     def write(self, gradients: Weights) -> None:
-        """Overwrites all four gradients."""
+        """Overwrites all gradients."""
         gradients.b_enc.copy_(self.b_enc)
         gradients.b_dec.copy_(self.b_dec)
+        if gradients.log_threshold is not None and self.log_threshold is not None:
+            gradients.log_threshold.copy_(self.log_threshold)
         self.ops.gradients(self.columns, self.x, self.result.error, self.along, self.weights, gradients)
 
     @property
@@ -211,5 +254,5 @@ class SparseGradients:
         if decoder == "unit":
             length_sq = torch.linalg.vecdot(self.weights.W_dec, self.weights.W_dec)
             along = (along - (self.columns.sum_along + along * length_sq)).to(along.dtype)
-        adam.step_biases(self.b_enc, self.b_dec, lr)
+        adam.step_biases(self.b_enc, self.b_dec, lr, self.log_threshold)
         self.ops.update(self.columns, self.x, self.result.error, along, self.weights, adam, decoder, lr)

@@ -13,7 +13,7 @@ for that: `Entries` and `Columns` with a capacity and a device-side number; `Spa
 use E on the host (`repeat_interleave(output_size=…)` twice, the slices that `active` returns) and with masks in the
 activation's and the penalty's element-wise passes; kernels that take E from the device (all but the sort in
 `by_feature` do already, through row_ptr and col_ptr); a sort of the whole capacity with the unused part at the end; the
-number of slots of frequent features fixed instead of derived from E; Adam's five numbers in device memory, since
+number of slots of frequent features fixed instead of derived from E; Adam's numbers in device memory, since
 arguments of a captured launch are frozen; and the overflow read after the graph, before the update's part of it.
 """
 

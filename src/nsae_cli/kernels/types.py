@@ -11,30 +11,33 @@ import torch
 
 @dataclass
 class Weights:
-    """The four parameters of an SAE, or their gradients.
+    """The parameters of an SAE, or their gradients.
 
     Attributes:
         W_enc: [d, F]
         b_enc: [F]
         W_dec: [F, d]
         b_dec: [d]
+        log_threshold: log θ_j of an activation that is 0 up to θ_j, [F]; None where the activation has no thresholds.
     """
 
     W_enc: torch.Tensor
     b_enc: torch.Tensor
     W_dec: torch.Tensor
     b_dec: torch.Tensor
+    log_threshold: torch.Tensor | None = None
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """The four tensors in the order W_enc, b_enc, W_dec, b_dec."""
-        yield from (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+        """The tensors that there are, in the order W_enc, b_enc, W_dec, b_dec, log_threshold."""
+        yield from self.named().values()
 
     def named(self) -> dict[str, torch.Tensor]:
-        """The four tensors by name."""
-        return {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
+        """The same by name."""
+        tensors = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
+        return tensors if self.log_threshold is None else tensors | {"log_threshold": self.log_threshold}
 
     def zeros_like(self) -> Weights:
-        """Four zero tensors of the same shapes, layout, dtype and device."""
+        """Zero tensors of the same shapes, layout, dtype and device."""
         return Weights(*(torch.zeros_like(tensor) for tensor in self.tensors()))
 
     def to(self, dtype: torch.dtype) -> Weights:
@@ -43,7 +46,7 @@ class Weights:
 
     def by_feature(self) -> Weights:
         """The same values with W_enc laid out feature by feature in memory, as the sparse kernels read it."""
-        return Weights(self.W_enc.t().contiguous().t(), self.b_enc, self.W_dec, self.b_dec)
+        return Weights(self.W_enc.t().contiguous().t(), self.b_enc, self.W_dec, self.b_dec, self.log_threshold)
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,15 @@ class Selection:
 
     Attributes:
         top_k: None: all that are positive; else the `top_k` largest of those, of each row or on average over a batch.
-        over: ``row``, or ``batch``: the top_k·B largest of the whole batch.
+        over: ``row``, or ``batch``: the top_k·B largest of the whole batch. Among equal ones those of the lower row,
+            then of the lower column, are taken.
+        bandwidth: None, or ε: only those above the thresholds θ_j = exp(log_threshold_j) of the weights, which learn
+            from pre-activations within ε/2 of them (`jump`); 0 for thresholds that are fixed.
     """
 
     top_k: int | None = None
     over: Literal["row", "batch"] = "row"
+    bandwidth: float | None = None
 
 
 POSITIVE = Selection()
@@ -90,6 +97,10 @@ class Penalty(Protocol):
     @property
     def uses_decoder_norms(self) -> bool: ...
 
+    @property
+    def jump(self) -> float:
+        """φ just above f = 0, where φ(0) = 0: 1 for a count, 0 for a penalty that grows from 0."""
+
     def value(self, acts: torch.Tensor, decoder_norms: torch.Tensor | None) -> torch.Tensor:
         """φ(f_i, ν_i), element-wise [B, F], differentiable."""
 
@@ -113,6 +124,8 @@ class StepResult:
         l0: number of positive acts per row [B], float
         l1: Σ_i f_i per row [B]
         fired: whether each feature was positive in any row [F], bool
+        least_act: the smallest positive act of the batch (∞ if there is none), a scalar; None unless the activation
+            selects over the batch.
     """
 
     error: torch.Tensor
@@ -121,3 +134,4 @@ class StepResult:
     l0: torch.Tensor
     l1: torch.Tensor
     fired: torch.Tensor
+    least_act: torch.Tensor | None = None

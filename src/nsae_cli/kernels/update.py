@@ -27,7 +27,7 @@ class Gradients(Protocol):
         """Gradient of b_dec [d]."""
 
     def full(self) -> Weights:
-        """All four gradients, in the buffer that `backward` was given."""
+        """All gradients, in the buffer that `backward` was given."""
 
     @property
     def can_update(self) -> bool:

@@ -37,6 +37,10 @@ class FiredWindow:
         """Features silent over the last min(window, seen) tokens: bool [d_sae]."""
         return self._seen - self._last_fired >= min(self.window_tokens, self._seen)
 
+    def silent(self) -> Tensor:
+        """Features silent over the last `window_tokens` tokens, all of which were seen: bool [d_sae]."""
+        return self._seen - self._last_fired >= self.window_tokens
+
     def dead_fraction(self) -> float | None:
         """Share of the features that are silent over the last min(window, seen) tokens; None before any token."""
         return self.dead().double().mean().item() if self._seen else None

@@ -17,6 +17,8 @@ _VARYING = (
     ("decoder", "decoder"),
     ("sparsity", "sparsity"),
     ("alpha", "α"),
+    ("k", "k"),
+    ("bandwidth", "bandwidth"),
     ("alpha_scale", "α scale"),
     ("noise", "noise"),
     ("d_sae", "d_sae"),
@@ -93,7 +95,7 @@ def _split(labels: Sequence[str] | None) -> tuple[str, list[str]]:
 
 def _usual_decoders(runs: Sequence[Mapping[str, Any]]) -> bool:
     """Whether every decoder is the default of its activation, so that a column would say nothing new."""
-    usual = {("relu", "unit"), ("tanh-relu", "free")}
+    usual = {("tanh-relu", "free"), *((act, "unit") for act in ("relu", "topk", "batchtopk", "jumprelu"))}
     return set(zip(_option(runs, "act"), _option(runs, "decoder"), strict=True)) <= usual
 
 

@@ -6,12 +6,17 @@ tokens off for good); one factor set on one batch avoids that.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 
+from nsae_cli.kernels.dense_selection import make_selection
 from nsae_cli.kernels.types import Weights
-from nsae_cli.sae.nonlinearity import NONLINEARITIES
+from nsae_cli.sae.nonlinearity import Nonlinearity
+
+#: θ of jumprelu at step 0, in scaled units.
+INITIAL_THRESHOLD = 0.1
 
 _WEISZFELD_STEPS = 100
 #: Rows on which the one factor is set: a batch.
@@ -43,17 +48,23 @@ def geometric_median(rows: torch.Tensor) -> torch.Tensor:
 
 
 def initialise(
-    act: str, decoder: str, d_sae: int, batch: torch.Tensor, b_dec: torch.Tensor, generator: torch.Generator
+    nonlinearity: Nonlinearity,
+    decoder: str,
+    d_sae: int,
+    batch: torch.Tensor,
+    b_dec: torch.Tensor,
+    generator: torch.Generator,
 ) -> Weights:
     """Initial weights in the units of `batch`, float32.
 
     Rows of W_dec are random unit vectors, W_enc = W_decᵀ and b_enc = −b_dec @ W_enc, so that
     pre_acts = (x − b_dec) @ W_enc. One factor, on W_enc (decoder unit, bounded) or on W_dec (free), is set so that
     Σ‖x̂ − b_dec‖ = Σ‖x − b_dec‖ over the batch. tanh-relu with a bounded decoder cannot be longer than its saturated
-    features make it; where that is too short, the factor reaches all but 1 % of it.
+    features make it; where that is too short, the factor reaches all but 1 % of it. jumprelu's thresholds start at
+    `INITIAL_THRESHOLD`.
 
     Args:
-        act: name of the activation.
+        nonlinearity: the activation.
         decoder: ``unit``, ``free`` or ``bounded``.
         d_sae: number of features F.
         batch: scaled rows x' [N, d] on the CPU; the first 2048 are used.
@@ -67,28 +78,39 @@ def initialise(
     b_dec = b_dec.double()
     centred = (batch.double() - b_dec).float()
     target = float(torch.linalg.vector_norm(centred.double(), dim=1).sum())
-    nonlinearity = NONLINEARITIES[act]
+    learns_thresholds = nonlinearity.selection.bandwidth is not None
+    log_threshold = torch.full((d_sae,), math.log(INITIAL_THRESHOLD)) if learns_thresholds else None
+    selected = Weights(W_enc, torch.zeros(d_sae), W_dec, b_dec, log_threshold)
 
     def length(encoder_factor: float) -> float:
         """Σ‖x̂ − b_dec‖ over the batch with the factor on W_enc."""
-        rows = centred.split(max(1, _ACTS_ENTRIES // d_sae))
-        x_hat = (nonlinearity.value_((part @ W_enc).mul_(encoder_factor)) @ W_dec for part in rows)
-        return sum(float(torch.linalg.vector_norm(part.double(), dim=1).sum()) for part in x_hat)
+        parts = centred.split(max(1, _ACTS_ENTRIES // d_sae))
+        selection = make_selection(nonlinearity.selection, selected, len(centred))
+        if selection.two_passes:
+            for part in parts:
+                selection.look((part @ W_enc).mul_(encoder_factor))
+        total = 0.0
+        for part in parts:
+            acts = (part @ W_enc).mul_(encoder_factor)
+            selection.apply_(acts)
+            x_hat = nonlinearity.value_(acts) @ W_dec
+            total += float(torch.linalg.vector_norm(x_hat.double(), dim=1).sum())
+        return total
 
     # Where no feature fires on the batch no factor helps, and W_dec's unit rows are as good as any.
     if target > 0 and length(1.0) > 0:
         if decoder == "free":
             W_dec.mul_(target / length(1.0))
-        elif nonlinearity.homogeneous:
+        elif nonlinearity.homogeneous and not learns_thresholds:
             W_enc.mul_(target / length(1.0))
         else:
             W_enc.mul_(_solve_increasing(length, target))
     b_enc = -(W_enc.t().double() @ b_dec)
-    return Weights(W_enc, b_enc.float(), W_dec, b_dec.float())
+    return Weights(W_enc, b_enc.float(), W_dec, b_dec.float(), log_threshold)
 
 
 def _solve_increasing(length: Callable[[float], float], target: float) -> float:
-    """The factor at which an increasing, concave, bounded function reaches the target (or all but 1 % of its bound)."""
+    """The factor at which an increasing function reaches the target (or all but 1 % of what it has at 1e6)."""
     low, high = 0.0, 1.0
     bound = length(1e6)
     target = min(target, 0.99 * bound)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nsae_cli.sae.nonlinearity import NONLINEARITIES, Nonlinearity
+from nsae_cli.sae.nonlinearity import Nonlinearity, is_homogeneous, make_nonlinearity
 from nsae_cli.sae.penalty import PENALTIES, SparsityPenalty
 
 L2_POWER = {"none": 0, "norm": 1, "sq": 2}
@@ -22,9 +22,10 @@ L1_POWER = {"none": 0, "norm": 1}
 DECODERS = ("unit", "free", "bounded")
 ALPHA_SCALES = ("layer-norm", "none", "note")
 
-#: Default sparsity coefficient α and decoder per activation.
-DEFAULT_ALPHA = {"relu": 0.2, "tanh-relu": 0.03}
-DEFAULT_DECODER = {"relu": "unit", "tanh-relu": "free"}
+#: Defaults per activation: sparsity coefficient α (topk and batchtopk need none), penalty, decoder.
+DEFAULT_ALPHA = {"relu": 0.2, "tanh-relu": 0.03, "topk": 0.0, "batchtopk": 0.0, "jumprelu": 0.003}
+DEFAULT_SPARSITY = {"relu": "l1", "tanh-relu": "l1", "topk": "l1", "batchtopk": "l1", "jumprelu": "l0"}
+DEFAULT_DECODER = {"relu": "unit", "tanh-relu": "free", "topk": "unit", "batchtopk": "unit", "jumprelu": "unit"}
 
 
 def refused_combination(act: str, decoder: str, sparsity: str) -> str | None:
@@ -38,6 +39,16 @@ def refused_combination(act: str, decoder: str, sparsity: str) -> str | None:
         return (
             "--act relu with --decoder free and --sparsity l1 has no minimum: acts shrink and W_dec grows without end; "
             "use --decoder unit or bounded"
+        )
+    if (act == "jumprelu") != (sparsity == "l0"):
+        if act == "jumprelu":
+            return (
+                f"--act jumprelu with --sparsity {sparsity}: its thresholds learn from a count of active features; "
+                "use --sparsity l0"
+            )
+        return (
+            f"--act {act} with --sparsity l0: a count of active features has no gradient but in thresholds that learn; "
+            "use --act jumprelu"
         )
     return None
 
@@ -53,6 +64,8 @@ class Objective:
         sparsity: name of the penalty.
         beta: β, the coefficient of the penalty in raw units at full warm-up.
         input_scale: s of x' = s·x.
+        k: of topk and batchtopk.
+        bandwidth: of jumprelu, in scaled units.
     """
 
     act: str
@@ -61,6 +74,8 @@ class Objective:
     sparsity: str
     beta: float
     input_scale: float
+    k: int | None = None
+    bandwidth: float | None = None
 
     @classmethod
     def from_run(cls, run: dict[str, Any]) -> Objective:
@@ -73,11 +88,13 @@ class Objective:
             sparsity=config["sparsity"],
             beta=run["beta"],
             input_scale=run["input_scale"],
+            k=config.get("k"),
+            bandwidth=config.get("bandwidth"),
         )
 
     @property
     def nonlinearity(self) -> Nonlinearity:
-        return NONLINEARITIES[self.act]
+        return make_nonlinearity(self.act, self.k, self.bandwidth)
 
     @property
     def penalty(self) -> SparsityPenalty:
@@ -108,7 +125,7 @@ class Objective:
 def penalty_degree(act: str, sparsity: str) -> int:
     """h of a penalty: 1 if S(f) grows like ‖x‖ when the SAE is rescaled along with x, 0 if it stays."""
     if sparsity == "l1":
-        return 1 if NONLINEARITIES[act].homogeneous else 0
+        return 1 if is_homogeneous(act) else 0
     return 1 if sparsity == "l1-decoder-norm" else 0
 
 

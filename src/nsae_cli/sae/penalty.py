@@ -22,6 +22,7 @@ class L1:
 
     name: ClassVar[str] = "l1"
     uses_decoder_norms: ClassVar[bool] = False
+    jump: ClassVar[float] = 0.0
 
     def value(self, acts: torch.Tensor, decoder_norms: torch.Tensor | None) -> torch.Tensor:
         return acts
@@ -39,6 +40,7 @@ class L1DecoderNorm:
 
     name: ClassVar[str] = "l1-decoder-norm"
     uses_decoder_norms: ClassVar[bool] = True
+    jump: ClassVar[float] = 0.0
 
     def value(self, acts: torch.Tensor, decoder_norms: torch.Tensor | None) -> torch.Tensor:
         assert decoder_norms is not None
@@ -59,6 +61,7 @@ class TanhPenalty:
 
     name: ClassVar[str] = "tanh"
     uses_decoder_norms: ClassVar[bool] = True
+    jump: ClassVar[float] = 0.0
 
     def value(self, acts: torch.Tensor, decoder_norms: torch.Tensor | None) -> torch.Tensor:
         assert decoder_norms is not None
@@ -73,5 +76,31 @@ class TanhPenalty:
         return slope * decoder_norms, slope * acts
 
 
-SparsityPenalty = L1 | L1DecoderNorm | TanhPenalty
-PENALTIES: dict[str, SparsityPenalty] = {"l1": L1(), "l1-decoder-norm": L1DecoderNorm(), "tanh": TanhPenalty()}
+@dataclass(frozen=True)
+class L0:
+    """φ = 1 where f > 0: the number of active features (Rajamanoharan et al., 2407.14435, section 3).
+
+    Its derivative is 0 almost everywhere; it acts on the thresholds of jumprelu alone, through `jump`.
+    """
+
+    name: ClassVar[str] = "l0"
+    uses_decoder_norms: ClassVar[bool] = False
+    jump: ClassVar[float] = 1.0
+
+    def value(self, acts: torch.Tensor, decoder_norms: torch.Tensor | None) -> torch.Tensor:
+        return (acts > 0).to(acts.dtype)
+
+    def row_sums(self, acts: torch.Tensor, decoder_norms: torch.Tensor | None) -> torch.Tensor:
+        return (acts > 0).sum(dim=1).to(acts.dtype)
+
+    def slopes(self, acts: torch.Tensor, decoder_norms: torch.Tensor | None) -> Slopes:
+        return 0.0, 0.0
+
+
+SparsityPenalty = L1 | L1DecoderNorm | TanhPenalty | L0
+PENALTIES: dict[str, SparsityPenalty] = {
+    "l1": L1(),
+    "l1-decoder-norm": L1DecoderNorm(),
+    "tanh": TanhPenalty(),
+    "l0": L0(),
+}

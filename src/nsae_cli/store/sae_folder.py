@@ -22,7 +22,7 @@ FORMAT_VERSION = 1
 
 #: cfg.json's architecture per activation. SAELens reads `standard` as relu; a tanh-relu SAE must never be opened so,
 #: hence a name of its own, which SAELens refuses unless it has been registered.
-ARCHITECTURES = {"relu": "standard", "tanh-relu": "nsae_tanh_relu"}
+ARCHITECTURES = {"relu": "standard", "tanh-relu": "nsae_tanh_relu", "topk": "topk", "jumprelu": "jumprelu"}
 _ACTS = {architecture: act for act, architecture in ARCHITECTURES.items()}
 
 #: The oldest SAELens format that this layout follows.
@@ -45,7 +45,7 @@ class SavedSae:
 
 def write_sae(folder: Path, sae: SparseAutoencoder, metadata: dict[str, Any]) -> None:
     """Writes weights (float32, input scale folded in) and cfg.json. `run.json` follows by `write_run`."""
-    commit.write_tensors(folder / WEIGHTS, {name: tensor.float() for name, tensor in sae.weights.named().items()})
+    commit.write_tensors(folder / WEIGHTS, {name: tensor.float() for name, tensor in sae.named().items()})
     commit.write_json(
         folder / CONFIG,
         {
@@ -57,6 +57,7 @@ def write_sae(folder: Path, sae: SparseAutoencoder, metadata: dict[str, Any]) ->
             "apply_b_dec_to_input": False,
             "normalize_activations": "none",
             "reshape_activations": "none",
+            **({} if sae.k is None else {"k": sae.k, "rescale_acts_by_decoder_norm": False}),
             "metadata": {"sae_lens_version": _SAE_LENS_FORMAT, **metadata},
         },
     )
@@ -84,10 +85,24 @@ def load_sae(path: Path | str) -> SavedSae:
     act = _ACTS.get(str(config.get("architecture"))) if isinstance(config, dict) else None
     if act is None:
         raise ArtifactError(f"{folder / CONFIG}: unknown architecture; nsae knows {', '.join(_ACTS)}")
-    return SavedSae(SparseAutoencoder(act, _read_weights(folder, config, run)), run, folder)
+    tensors = _read_tensors(folder, config, run, thresholds=act == "jumprelu")
+    threshold = tensors.pop("threshold", None)
+    k = _read_k(folder, config) if act == "topk" else None
+    return SavedSae(SparseAutoencoder(act, Weights(**tensors), k, threshold), run, folder)
 
 
-def _read_weights(folder: Path, config: dict[str, Any], run: dict[str, Any]) -> Weights:
+def _read_k(folder: Path, config: dict[str, Any]) -> int:
+    k = config.get("k")
+    if not isinstance(k, int) or not 1 <= k <= config["d_sae"]:
+        raise ArtifactError(f"{folder / CONFIG}: k is {k!r}, expected 1 to {config['d_sae']}; train the SAE again")
+    if config.get("rescale_acts_by_decoder_norm") is not False:
+        raise ArtifactError(f"{folder / CONFIG}: rescale_acts_by_decoder_norm is not false; nsae does not rescale")
+    return k
+
+
+def _read_tensors(
+    folder: Path, config: dict[str, Any], run: dict[str, Any], *, thresholds: bool
+) -> dict[str, torch.Tensor]:
     path = folder / WEIGHTS
     try:
         tensors = load_file(path, backend="pread")
@@ -96,6 +111,8 @@ def _read_weights(folder: Path, config: dict[str, Any], run: dict[str, Any]) -> 
         raise ArtifactError(f"{path} cannot be read ({reason}); the SAE is damaged, train it again") from error
     d_in, d_sae = config.get("d_in"), config.get("d_sae")
     shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    if thresholds:
+        shapes["threshold"] = (d_sae,)
     hashes = run.get("weights_sha256") or {}
     for name, shape in shapes.items():
         tensor = tensors.get(name)
@@ -104,4 +121,4 @@ def _read_weights(folder: Path, config: dict[str, Any], run: dict[str, Any]) -> 
             raise ArtifactError(f"{path}: {name} is {found}, cfg.json says {list(shape)} float32; train the SAE again")
         if name in hashes and commit.tensor_sha256(tensor) != hashes[name]:
             raise ArtifactError(f"{path}: the content of {name} is not what was written (SHA-256 differs); train again")
-    return Weights(**{name: tensors[name] for name in shapes})
+    return {name: tensors[name] for name in shapes}

@@ -8,6 +8,7 @@ counted. The learning rate is so small that L0 stays what it is.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import statistics
 import time
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from nsae_cli.device import DeviceOption, choose_device
+from nsae_cli.device import DeviceOption, choose_device, one_thread_if_small
 from nsae_cli.errors import UsageError
 from nsae_cli.kernels import calibration, certified
 from nsae_cli.kernels.native import library
@@ -186,7 +187,7 @@ def compare(options: BenchOptions, device: torch.device, reporter: Reporter) -> 
     seconds = interleaved(sides, options.rounds, device, reporter)
     base = statistics.median(seconds["plain torch autograd"])
     return {
-        "machine": calibration.machine(),
+        "machine": calibration.machine(device),
         "device": str(device),
         "shape": {name: getattr(options, name) for name in ("d_in", "d_sae", "batch_size")},
         "rounds": options.rounds,
@@ -206,10 +207,11 @@ def compare(options: BenchOptions, device: torch.device, reporter: Reporter) -> 
 def available(device: torch.device) -> dict[str, Choice]:
     """Every kernel that this installation has for a device, by a name for the table."""
     asked: list[tuple[str, KernelOption, PrecisionOption]] = [("nsae dense", "dense", "auto")]
-    if device.type == "cpu":
+    has_triton = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    if device.type == "cpu" or has_triton:
         asked.append(("nsae sparse, fp32 encoder", "sparse", "fp32"))
-        if library.load() is not None:
-            asked.append(("nsae sparse, certified encoder", "sparse", "certified"))
+    if has_triton or (device.type == "cpu" and library.load() is not None):
+        asked.append(("nsae sparse, certified encoder", "sparse", "certified"))
     return {name: choose(kernel, precision, device) for name, kernel, precision in asked}
 
 
@@ -254,27 +256,42 @@ def calibrate(device: torch.device, reporter: Reporter) -> dict[str, Any]:
     points: list[calibration.Point] = []
     table = []
     for d_in, d_sae, batch in _CALIBRATION_SHAPES:
-        ratios: dict[str, list[float]] = {name: [] for name in kernels}
-        for density in _DENSITIES:
-            data = Synthetic.make(d_in, d_sae, batch, density * d_sae, device)
-            sides: dict[str, Step] = {
-                name: NsaeSide(data, kernel).step for name, kernel in {"dense": dense, **kernels}.items()
-            }
-            seconds = {
-                name: statistics.median(values)
-                for name, values in interleaved(sides, _CALIBRATION_ROUNDS, device, reporter).items()
-            }
-            for name in kernels:
-                ratios[name].append(seconds["dense"] / seconds[name])
+        # As in training: small steps take one thread, and what is measured holds for that number.
+        with one_thread_if_small(batch * d_in * d_sae, device):
+            here = calibration.machine(device)
+            ratios = _ratios(d_in, d_sae, batch, dense, kernels, device, reporter)
         for name, kernel in kernels.items():
             found = crossing(_DENSITIES, ratios[name])
-            points.append(calibration.Point(calibration.machine(), kernel.kind, d_in, d_sae, found))
+            points.append(calibration.Point(here, kernel.kind, d_in, d_sae, found))
             speedups = dict(zip(map(str, _DENSITIES), ratios[name], strict=True))
             table.append({"kernel": name, "d_in": d_in, "d_sae": d_sae, "batch_size": batch, "crossover": found,
                           "dense_over_sparse": speedups})  # fmt: skip
     calibration.save_points(points)
     reporter.note(f"kept in {calibration.cache_file()}; `nsae train` uses them from now on")
-    return {"machine": calibration.machine(), "device": str(device), "crossovers": table}
+    return {"machine": calibration.machine(device), "device": str(device), "crossovers": table}
+
+
+def _ratios(
+    d_in: int,
+    d_sae: int,
+    batch: int,
+    dense: Choice,
+    kernels: dict[str, Choice],
+    device: torch.device,
+    reporter: Reporter,
+) -> dict[str, list[float]]:
+    """Dense step's time over each sparse step's, by density."""
+    ratios: dict[str, list[float]] = {name: [] for name in kernels}
+    for density in _DENSITIES:
+        data = Synthetic.make(d_in, d_sae, batch, density * d_sae, device)
+        sides: dict[str, Step] = {
+            name: NsaeSide(data, kernel).step for name, kernel in {"dense": dense, **kernels}.items()
+        }
+        seconds = interleaved(sides, _CALIBRATION_ROUNDS, device, reporter)
+        of_dense = statistics.median(seconds["dense"])
+        for name in kernels:
+            ratios[name].append(of_dense / statistics.median(seconds[name]))
+    return ratios
 
 
 def crossing(densities: Sequence[float], ratios: Sequence[float]) -> float:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 
 from nsae_cli.errors import NumericalError
+from nsae_cli.kernels.auxk import with_auxiliary_loss
 from nsae_cli.kernels.select import Choice
 from nsae_cli.kernels.types import StepResult, Weights
 from nsae_cli.kernels.update import GradientBuffer, Gradients, Updater
@@ -17,6 +19,7 @@ from nsae_cli.store.batches import HookRows, stable_seed
 from nsae_cli.store.profile import HookProfile
 from nsae_cli.training.options import CellConfig
 from nsae_cli.training.schedule import learning_rate, ramp
+from nsae_cli.training.threshold import BatchThreshold
 
 
 def resolve_input_scale(config: CellConfig, d_in: int, norm_scale: float) -> float:
@@ -36,7 +39,7 @@ def make_objective(config: CellConfig, profile: HookProfile, d_in: int) -> Objec
         powers[2 - p],
     )
     scale = resolve_input_scale(config, d_in, profile.norm_scale)
-    return Objective(config.act, p, q, config.sparsity, beta, scale)
+    return Objective(config.act, p, q, config.sparsity, beta, scale, config.k, config.bandwidth)
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,15 @@ class Cell:
     def __init__(self, config: CellConfig, objective: Objective, weights: Weights, kernel: Choice) -> None:
         self.config = config
         self.objective = objective
+        if objective.nonlinearity.selection.bandwidth is not None:
+            weights.log_threshold = torch.zeros_like(weights.b_enc)
         self.weights = weights = weights.by_feature()
         self.kernel = kernel.make(len(weights.b_dec), config.d_sae, objective.nonlinearity)
         self._gradients = GradientBuffer(weights)
         self._zero_rows = torch.zeros((), dtype=torch.int64, device=weights.b_enc.device)
         self.window = FiredWindow(config.d_sae, config.dead_window, device=weights.b_enc.device)
         self._updater = Updater(weights, config.decoder, config.clip)
+        self._threshold = BatchThreshold(weights.b_enc.device) if config.act == "batchtopk" else None
 
     def train_step(self, rows: HookRows, step: int) -> StepLog:
         """One optimizer step on a batch.
@@ -88,6 +94,7 @@ class Cell:
         per_row_error, per_row_sparsity = objective.row_weights(rows.norm, rows.zero)
         error_weight = per_row_error / len(rows.norm)
         sparsity_weight = per_row_sparsity * (objective.beta_scaled * ramped / len(rows.norm))
+        noise = self._noise(len(rows.norm), step)
         gradients = self.kernel.backward(
             x,
             self.weights,
@@ -96,13 +103,26 @@ class Cell:
             penalty=objective.penalty,
             error_weight=error_weight,
             sparsity_weight=sparsity_weight,
-            noise=self._noise(len(rows.norm), step),
+            noise=noise,
         )
         result = gradients.result
+        if config.aux_k is not None:
+            gradients = with_auxiliary_loss(
+                gradients,
+                x,
+                self.weights,
+                self.window.silent(),
+                k_aux=config.aux_k,
+                error_weight=error_weight,
+                noise=noise,
+            )
         self._refuse_non_finite(gradients, step)
         lr = learning_rate(step, config.steps, config.lr, config.lr_warm_up, config.lr_decay)
         self._updater.step(gradients, lr)
         self.window.update(result.fired, len(rows.norm))
+        if self._threshold is not None:
+            assert result.least_act is not None
+            self._threshold.update(result.least_act)
         self._zero_rows += rows.zero.sum()  # stays on the device: reading it here would make every step wait
         return StepLog(result, x, error_weight, sparsity_weight, config.alpha * ramped, lr)
 
@@ -129,9 +149,14 @@ class Cell:
         return int(self._zero_rows)
 
     def saved_sae(self) -> SparseAutoencoder:
-        """The SAE as it is saved: in raw units, float32, on the CPU."""
-        folded = fold_input_scale(self.objective.act, self.weights, self.objective.input_scale)
-        return SparseAutoencoder(self.objective.act, folded).to("cpu")
+        """The SAE as it is saved: in raw units, float32, on the CPU. One of batchtopk is a jumprelu SAE."""
+        act, scale = self.objective.act, self.objective.input_scale
+        folded = fold_input_scale(act, self.weights, scale)
+        threshold = None if folded.log_threshold is None else folded.log_threshold.exp()
+        if self._threshold is not None:
+            act, threshold = "jumprelu", torch.full_like(folded.b_enc, self._threshold.value / scale)
+        k = self.objective.k if act == "topk" else None
+        return SparseAutoencoder(act, dataclasses.replace(folded, log_threshold=None), k, threshold).to("cpu")
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything that a later step depends on beside the configuration, by name.
@@ -141,6 +166,8 @@ class Cell:
         state = self.weights.named() | {f"adam/{key}": value for key, value in self._updater.adam.state().items()}
         state |= {f"window/{key}": value for key, value in self.window.state().items()}
         state |= {f"kernel/{key}": value for key, value in self.kernel.state().items()}
+        if self._threshold is not None:
+            state |= self._threshold.state()
         state["zero_rows"] = self._zero_rows
         return {name: tensor.detach().cpu() for name, tensor in state.items()}
 
@@ -151,4 +178,6 @@ class Cell:
         self._updater.adam.load_state({key: state[f"adam/{key}"] for key in self._updater.adam.state()})
         self.window.load_state({key: state[f"window/{key}"] for key in self.window.state()})
         self.kernel.load_state({key: state[f"kernel/{key}"] for key in self.kernel.state()})
+        if self._threshold is not None:
+            self._threshold.load_state(state)
         self._zero_rows.copy_(state["zero_rows"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from nsae_cli.metrics.norm_bias import (
 )
 from nsae_cli.metrics.reconstruction import ReconstructionAccumulator
 from nsae_cli.sae.autoencoder import SparseAutoencoder, unfold_input_scale
+from nsae_cli.sae.nonlinearity import is_homogeneous
 from nsae_cli.sae.objective import Objective
 from nsae_cli.store.batches import HookRows
 
@@ -107,7 +109,7 @@ def _add_norm_bias(
         return [values["all"], values["ns"], values["sinks"], *values["bins"]]
 
     for scope, weight in zip(scopes(metrics), scopes(relative), strict=True):
-        scope["alpha_eff"] = weight
+        scope["alpha_eff"] = weight if objective.beta else None
         scope["grad_share"] = {}
     for parameter, share in by_parameter.items():
         for scope, value in zip(scopes(metrics), scopes(share), strict=True):
@@ -135,7 +137,7 @@ class _TrainingUnits:
     ) -> None:
         s = objective.input_scale
         # The inverse of `fold_input_scale`: relu's acts grow with x, tanh-relu's decoder does.
-        acts_scale, decoder_scale = (s, 1.0) if sae.nonlinearity.homogeneous else (1.0, s)
+        acts_scale, decoder_scale = (s, 1.0) if is_homogeneous(sae.act) else (1.0, s)
         self._act_slope = sae.nonlinearity.derivative(acts)
         self._acts = acts * acts_scale
         self._W_dec = sae.weights.W_dec * decoder_scale
@@ -175,7 +177,10 @@ def _gradient_projections(
     if probe is None:
         return [None] * N_GROUPS
     s = objective.input_scale
-    scaled = unfold_input_scale(sae.act, sae.weights, s)
+    thresholds = None if sae.threshold is None else sae.threshold.double().log()
+    scaled = unfold_input_scale(sae.act, dataclasses.replace(sae.weights, log_threshold=thresholds), s)
+    # batchtopk's rows are evaluated one by one, by a threshold that no gradient moves.
+    activation = sae.nonlinearity if objective.act == "batchtopk" else objective.nonlinearity
     step = DenseStep()
 
     def gradient(part: HookRows) -> dict[str, torch.Tensor]:
@@ -185,7 +190,7 @@ def _gradient_projections(
             part.x.float() * s,
             scaled,
             gradients,
-            activation=objective.nonlinearity,
+            activation=activation,
             penalty=objective.penalty,
             error_weight=error_weight,
             sparsity_weight=sparsity_weight * objective.beta_scaled,

@@ -39,7 +39,8 @@ def finish_cell(plan: TrainPlan, name: str, cell: Cell, profile: HookProfile, re
     )
     if not metrics["all"]["tokens"]:
         reporter.warn(f"{plan.source.name} has fewer than 20 contexts: no rows are held out, so {name} has no metrics")
-    write_sae(folder, sae, _sae_lens_metadata(plan.source.provenance, config.hook))
+    metadata = _sae_lens_metadata(plan.source.provenance, config.hook)
+    write_sae(folder, sae, metadata | {"training_architecture": config.act})
     commit.write_tensors(folder / "features.safetensors", {"density": density.float()})
     warning = gamed_sparsity(cell, metrics)
     if warning:
@@ -47,7 +48,7 @@ def finish_cell(plan: TrainPlan, name: str, cell: Cell, profile: HookProfile, re
     document = {
         **_describe(plan, cell, profile),
         "metrics": metrics,
-        "weights_sha256": {key: commit.tensor_sha256(tensor) for key, tensor in sae.weights.named().items()},
+        "weights_sha256": {key: commit.tensor_sha256(tensor) for key, tensor in sae.named().items()},
         "warnings": [warning] if warning else [],
     }
     write_run(folder, document)
@@ -65,7 +66,7 @@ def _until_stopped(rows: Iterator[T]) -> Iterator[T]:
 def gamed_sparsity(cell: Cell, metrics: dict[str, Any]) -> str | None:
     """A sentence if L1 no longer measures sparsity (mean act < .1 and max ‖d_i‖ > 5 in scaled units), else None."""
     objective = cell.objective
-    if objective.sparsity != "l1" or not metrics["ns"]["l0"]:
+    if objective.sparsity != "l1" or not objective.beta or not metrics["ns"]["l0"]:
         return None
     to_scaled = objective.input_scale if objective.nonlinearity.homogeneous else 1.0
     mean_act = to_scaled * metrics["ns"]["l1"] / metrics["ns"]["l0"]

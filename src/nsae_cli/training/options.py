@@ -11,24 +11,43 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from nsae_cli.device import DeviceOption
 from nsae_cli.errors import UsageError
+from nsae_cli.kernels.auxk import default_k_aux
 from nsae_cli.kernels.options import KernelOption, PrecisionOption
-from nsae_cli.sae.objective import DEFAULT_ALPHA, DEFAULT_DECODER, refused_combination
+from nsae_cli.sae.objective import DEFAULT_ALPHA, DEFAULT_DECODER, DEFAULT_SPARSITY, refused_combination
 from nsae_cli.values import Fraction, Size, split_list
 
-Act = Literal["relu", "tanh-relu"]
+Act = Literal["relu", "tanh-relu", "topk", "batchtopk", "jumprelu"]
 L2Norm = Literal["none", "norm", "sq"]
 L1Norm = Literal["none", "norm"]
 Decoder = Literal["unit", "free", "bounded"]
-Sparsity = Literal["l1", "l1-decoder-norm", "tanh"]
+Sparsity = Literal["l1", "l1-decoder-norm", "tanh", "l0"]
 AlphaScale = Literal["layer-norm", "none", "note"]
 Sinks = Literal["keep", "drop"]
 
 _Split = BeforeValidator(split_list)
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[Size, Field(ge=1)]
 
 DEFAULT_MIN_STEPS = 2000
 LR_DECAY = 0.2
+#: k of topk and batchtopk, where there are at least eight times as many features.
+DEFAULT_K = 32
+#: ε of jumprelu, in scaled units.
+DEFAULT_BANDWIDTH = 0.05
+
+_PENALISED = frozenset({"relu", "tanh-relu", "jumprelu"})
+_TOP_K = frozenset({"topk", "batchtopk"})
+#: Options that belong to some activations only. In a grid they are for the cells of these.
+_BELONGS_TO: dict[str, frozenset[str]] = {
+    "l1_norm": _PENALISED,
+    "sparsity": _PENALISED,
+    "alpha": _PENALISED,
+    "alpha_scale": _PENALISED,
+    "k": _TOP_K,
+    "aux_k": _TOP_K,
+    "bandwidth": frozenset({"jumprelu"}),
+}
 
 
 def parse_interval(value: Any) -> Any:
@@ -57,10 +76,13 @@ class TrainOptions(BaseModel):
     l2_norm: Annotated[list[L2Norm], _Split] = Field(["none"], description="divide the squared error by 1, ‖x‖ or ‖x‖²")
     l1_norm: Annotated[list[L1Norm], _Split] = Field(["none"], description="divide the sparsity penalty by 1 or ‖x‖")
     decoder: Annotated[list[Decoder], _Split] | None = Field(None, description="what W_dec's rows may do")
-    sparsity: Annotated[list[Sparsity], _Split] = Field(["l1"], description="sparsity penalty")
+    sparsity: Annotated[list[Sparsity], _Split] | None = Field(None, description="sparsity penalty")
     alpha: Annotated[list[NonNegative], _Split] | None = Field(None, description="sparsity coefficient α")
     alpha_scale: Annotated[list[AlphaScale], _Split] = Field(["layer-norm"], description="how β follows from α")
     alpha_warm_up: Fraction = Field(0.2, ge=0, le=1, description="share of the steps over which α rises to its value")
+    k: Annotated[list[Count], _Split] | None = Field(None, description="active features of a row")
+    aux_k: Literal["auto", "off"] | Count = Field("auto", description="dead features that model the error of a row")
+    bandwidth: Annotated[list[Positive], _Split] | None = Field(None, description="ε of the thresholds' gradient")
     noise: Annotated[list[NonNegative], _Split] = Field([0.0], description="σ of training noise on pre-activations")
     expansion_factor: Annotated[list[Positive], _Split] | None = Field(None, description="d_sae / d_in")
     d_sae: Annotated[list[Size], _Split] | None = Field(None, description="number of features")
@@ -102,6 +124,9 @@ class CellConfig(BaseModel):
     alpha: float
     alpha_scale: AlphaScale
     alpha_warm_up: float
+    k: int | None
+    aux_k: int | None
+    bandwidth: float | None
     noise: float
     d_sae: int
     tokens: int
@@ -138,7 +163,8 @@ def expand_cells(options: TrainOptions, hooks: list[str], d_in: int, epoch_rows:
         epoch_rows: training rows of the store, for the default of `tokens`.
 
     Raises:
-        UsageError: a refused combination, tokens for less than one step, or both ways to give the width.
+        UsageError: a refused combination, an option that belongs to none of the activations, k larger than d_sae,
+            tokens for less than one step, or both ways to give the width.
     """
     if options.d_sae is not None and options.expansion_factor is not None:
         raise UsageError("--d-sae and --expansion-factor both set the number of features; give one of them")
@@ -150,6 +176,7 @@ def expand_cells(options: TrainOptions, hooks: list[str], d_in: int, epoch_rows:
     if min(widths) < 1:
         option = "--d-sae" if options.d_sae else "--expansion-factor, number of features"
         raise UsageError.from_problems([*problems, f"{option} {min(widths)}: expected at least 1"])
+    problems |= dict.fromkeys(_misplaced(options))
     by_default: list[Any] = [None]
     axes: dict[str, list[Any]] = {
         "hook": hooks,
@@ -157,24 +184,29 @@ def expand_cells(options: TrainOptions, hooks: list[str], d_in: int, epoch_rows:
         "l2_norm": list(options.l2_norm),
         "l1_norm": list(options.l1_norm),
         "decoder": list(options.decoder or by_default),
-        "sparsity": list(options.sparsity),
+        "sparsity": list(options.sparsity or by_default),
         "alpha": list(options.alpha or by_default),
         "alpha_scale": list(options.alpha_scale),
+        "k": list(options.k or by_default),
+        "bandwidth": list(options.bandwidth or by_default),
         "noise": options.noise,
         "d_sae": widths,
         "lr": list(options.lr or by_default),
         "sinks": list(options.sinks),
         "seed": options.seed,
     }
-    shared = options.model_dump(include=set(CellConfig.model_fields) - set(axes))
+    aux_k = {"auto": default_k_aux(d_in), "off": None}.get(str(options.aux_k), options.aux_k)
+    shared = options.model_dump(include=set(CellConfig.model_fields) - set(axes) - {"aux_k"})
     shared |= {"tokens": tokens, "lr_decay": LR_DECAY}
     cells: dict[str, CellConfig] = {}
     hook_names = _hook_names(hooks)
     for values in itertools.product(*axes.values()):
-        cell = _with_defaults(dict(zip(axes, values, strict=True)))
+        cell = _with_defaults(dict(zip(axes, values, strict=True)) | {"aux_k": aux_k})
         reason = refused_combination(cell["act"], cell["decoder"], cell["sparsity"])
         if reason is not None:
             problems[reason] = None
+        elif cell["k"] is not None and cell["k"] > cell["d_sae"]:
+            problems[f"--k {cell['k']} is more than the {cell['d_sae']} features; give at most as many"] = None
         elif not problems:
             config = CellConfig.model_validate(shared | cell)
             name = _cell_name(config, options, hook_names)
@@ -185,13 +217,35 @@ def expand_cells(options: TrainOptions, hooks: list[str], d_in: int, epoch_rows:
     return cells
 
 
+def _misplaced(options: TrainOptions) -> list[str]:
+    """What is wrong with options that were given and belong to none of the activations."""
+    problems = []
+    for name, acts in _BELONGS_TO.items():
+        value, default = getattr(options, name), TrainOptions.model_fields[name].default
+        if value == default or acts & set(options.act):
+            continue
+        option, shown = "--" + name.replace("_", "-"), ",".join(map(str, value if isinstance(value, list) else [value]))
+        why = "they have no sparsity penalty, their L0 is set by --k" if acts == _PENALISED else "leave it out"
+        owners = ", ".join(act for act in DEFAULT_ALPHA if act in acts)
+        problems.append(f"{option} {shown} does not go with --act {','.join(options.act)}, only with {owners}: {why}")
+    return problems
+
+
 def _with_defaults(cell: dict[str, Any]) -> dict[str, Any]:
-    """Fills in what depends on the activation or the width."""
-    defaults = {
-        "decoder": DEFAULT_DECODER[cell["act"]],
-        "alpha": DEFAULT_ALPHA[cell["act"]],
-        "lr": default_lr(cell["d_sae"]),
+    """Fills in what depends on the activation or the width, and sets aside what does not belong to the activation."""
+    act, width = cell["act"], cell["d_sae"]
+    foreign = {"l1_norm": "none", "alpha_scale": "layer-norm"}
+    cell = cell | {name: foreign.get(name) for name, acts in _BELONGS_TO.items() if act not in acts}
+    defaults: dict[str, Any] = {
+        "decoder": DEFAULT_DECODER[act],
+        "sparsity": DEFAULT_SPARSITY[act],
+        "alpha": DEFAULT_ALPHA[act],
+        "lr": default_lr(width),
     }
+    if act in _TOP_K:
+        defaults["k"] = min(DEFAULT_K, max(1, width // 8))
+    if act == "jumprelu":
+        defaults["bandwidth"] = DEFAULT_BANDWIDTH
     return cell | {key: default for key, default in defaults.items() if cell[key] is None}
 
 
@@ -199,10 +253,13 @@ def _cell_name(cell: CellConfig, options: TrainOptions, hook_names: dict[str, st
     """``L6`` plus the options that were given as lists."""
     parts = [hook_names[cell.hook]]
     bare = ("act", "l2_norm", "decoder", "sparsity", "alpha_scale", "sinks")
-    prefixed = {"l1_norm": "l1", "alpha": "alpha", "noise": "noise", "lr": "lr", "seed": "seed"}
+    prefixed = {"l1_norm": "l1", "alpha": "alpha", "k": "k", "bandwidth": "bandwidth", "noise": "noise", "lr": "lr"}
+    prefixed |= {"seed": "seed"}
     for field in TrainOptions.model_fields:
         value = getattr(options, field)
         if field == "layers" or not isinstance(value, list) or len(value) < 2:
+            continue
+        if cell.act not in _BELONGS_TO.get(field, cell.act):
             continue
         if field in bare:
             parts.append(str(getattr(cell, field)))

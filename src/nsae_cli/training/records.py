@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from nsae_cli.metrics.training_batch import batch_metrics
-from nsae_cli.sae.nonlinearity import NONLINEARITIES
 from nsae_cli.store.batches import HookRows
 from nsae_cli.store.commit import disk_errors, to_json
 from nsae_cli.training.cell import Cell, StepLog
@@ -32,7 +31,7 @@ def step_record(cell: Cell, rows: HookRows, log: StepLog, step: int) -> dict[str
     to_raw = 1 / objective.loss_scale
     loss_l2 = float(log.error_weight.double() @ result.sq_error.double()) * to_raw
     loss_sparsity = float(log.sparsity_weight.double() @ result.penalty.double()) * to_raw
-    l1_scale = 1 / s if NONLINEARITIES[objective.act].homogeneous else 1.0
+    l1_scale = 1 / s if objective.nonlinearity.homogeneous else 1.0
     batch = batch_metrics(
         x=log.x,
         norm=rows.norm,

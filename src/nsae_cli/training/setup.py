@@ -106,7 +106,7 @@ class _Start:
         """Overwrites the cell's weights."""
         config, scale = cell.config, cell.objective.input_scale
         weights = initialise(
-            config.act,
+            cell.objective.nonlinearity,
             config.decoder,
             config.d_sae,
             self.rows.float() * scale,

@@ -186,7 +186,7 @@ static int64_t NAME(keep_largest)(int32_t *cols, float *values, int64_t n, int64
         }
     int64_t kept = 0;
     for (int64_t q = 0; q < n; q++)
-        if (values[q] > least || (values[q] == least && cols[q] <= least_col)) {
+        if (!(values[q] <= least) || (values[q] == least && cols[q] <= least_col)) { /* a NaN stays */
             cols[kept] = cols[q];
             values[kept++] = values[q];
         }
@@ -221,6 +221,7 @@ EXPORT int64_t NAME(nsae_collect)(const void *z, int32_t bf16, int64_t rows, int
         const float *row_noise = noise ? noise + i * F : 0;
         const float *xi = x + i * d;
         float least = thresholds ? thresholds[i] : (top_k ? guess : 0.0f);
+        int lowered = 0; /* a row may have fewer than top_k positive entries: then the last attempt is at 0 */
         int64_t n;
         for (;;) {
             if (bf16) {
@@ -243,7 +244,7 @@ EXPORT int64_t NAME(nsae_collect)(const void *z, int32_t bf16, int64_t rows, int
                 n = NAME(scan_f32)((const float *)z + i * F, bias, row_noise, least, F, c, v);
             }
             if (!top_k || n >= top_k || least <= 0) break;
-            least = least > 1e-30f ? least * 0.5f : 0.0f;
+            least = ++lowered < 10 ? least * 0.5f : 0.0f;
         }
         if (top_k) {
             n = NAME(keep_largest)(c, v, n, top_k, scratch_cols, scratch_values);
