@@ -16,6 +16,8 @@ their own classes (peers.py) and get float32 rows; nsae gets float16 rows as fro
 | sae-lens-equal | the same with `apply_b_dec_to_input=False`: exactly nsae-equal | |
 | nsae-equal | --decoder free --sparsity l1-decoder-norm --clip 1 | |
 | nsae | ‖x̂ − x‖² + β·Σf, --decoder unit (nsae's default), no clip | |
+| nsae-fp32, nsae-torch, nsae-dense | the same with an fp32 encoder, without compiled loops, and dense | |
+| nsae-topk | --act topk --k 64 --aux-k off, ‖x̂ − x‖² | unit rows, Adam, no clip |
 | dictionary-learning | its StandardTrainer: the same on x − b_dec | ConstrainedAdam |
 | sparsify-topk | TopK 64, FVU | signum |
 | sae-lens-topk | TopK 64, ‖x̂ − x‖² | clip 1, torch Adam |
@@ -92,15 +94,8 @@ class Side:
 
 
 def nsae_side(task: Task, **options: object) -> Run:
-    cell = nsae_cell(
-        task.start.weights,
-        batch_size=len(task.rows.x),
-        beta=task.start.beta,
-        lr=LR,
-        kernel=task.kernel,
-        precision=task.precision,
-        **options,
-    )
+    kernel = {"kernel": task.kernel, "precision": task.precision}
+    cell = nsae_cell(task.start.weights, batch_size=len(task.rows.x), beta=task.start.beta, lr=LR, **(kernel | options))
     return Run(stepper(cell, as_rows(task.rows.x)), lambda: cell.kernel.name)
 
 
@@ -128,6 +123,10 @@ SIDES = {
     ),
     "nsae-equal": Side("nsae", lambda task: nsae_side(task, **EQUAL), "relu free l1-decoder-norm clip 1"),
     "nsae": Side("nsae", nsae_side, "relu unit l1"),
+    "nsae-fp32": Side("nsae", lambda task: nsae_side(task, kernel="sparse", precision="fp32"), "relu unit l1"),
+    "nsae-torch": Side("nsae", lambda task: nsae_side(task, kernel="torch"), "relu unit l1"),
+    "nsae-dense": Side("nsae", lambda task: nsae_side(task, kernel="dense", precision="fp32"), "relu unit l1"),
+    "nsae-topk": Side("nsae", lambda task: nsae_side(task, act="topk", k=K, aux_k="off"), "topk 64 unit"),
     "dictionary-learning": Side(
         "dictionary-learning",
         lambda task: on_rows(peers.dictionary_learning(task.start.weights, l1=task.start.beta, lr=LR), task),

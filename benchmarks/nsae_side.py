@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from nsae_cli.kernels.select import choose
+from nsae_cli.kernels.select import Choice, choose
 from nsae_cli.kernels.types import Weights
 from nsae_cli.sae.objective import Objective
 from nsae_cli.store.batches import HookRows
@@ -27,31 +27,40 @@ def nsae_cell(
     alpha_warm_up: float = 0.0,
     **options: object,
 ) -> Cell:
-    """A cell that trains a copy of `weights`, with a relu SAE and the plain squared error.
+    """A cell that trains a copy of `weights`, with the plain squared error; a relu SAE unless ``act`` says otherwise.
 
     Args:
         weights: where training starts, on the device it runs on.
         batch_size: rows per step.
         beta: coefficient of the sparsity penalty in the units of `weights`, which are the scaled ones.
         input_scale: what raw rows are multiplied by.
-        kernel, precision: as `nsae train` takes them.
+        kernel, precision: as `nsae train` takes them; kernel ``torch`` is the sparse step of an installation without
+            compiled loops.
         steps: of the whole run, for the schedules.
         lr_warm_up, alpha_warm_up: shares of the steps.
         options: more options of `nsae train`, such as ``decoder``, ``sparsity``, ``clip``, ``lr``.
     """
-    choice = choose(kernel, precision, weights.b_enc.device)
-    lists = {name: [value] for name, value in options.items() if name not in ("clip", "seed")}
-    given = TrainOptions(
-        d_sae=[weights.b_enc.shape[0]],
-        batch_size=batch_size,
-        tokens=steps * batch_size,
-        lr_warm_up=lr_warm_up,
-        alpha_warm_up=alpha_warm_up,
-        clip=options.get("clip"),
-        **lists,
+    device = weights.b_enc.device
+    if kernel == "torch":
+        choice = Choice("sparse", "asked for", device, "torch", False, False, None)
+    else:
+        choice = choose(kernel, precision, device)
+    given = TrainOptions.model_validate(
+        {
+            "d_sae": weights.b_enc.shape[0],
+            "batch_size": batch_size,
+            "tokens": steps * batch_size,
+            "lr_warm_up": lr_warm_up,
+            "alpha_warm_up": alpha_warm_up,
+            **options,
+        }
     )
     [config] = expand_cells(given, ["blocks.0.hook_resid_post"], weights.b_dec.shape[0], 10**6).values()
-    objective = Objective("relu", 0, 0, config.sparsity, beta=beta / input_scale, input_scale=input_scale)
+    if config.k is not None:
+        beta = 0.0
+    objective = Objective(
+        config.act, 0, 0, config.sparsity, beta=beta / input_scale, input_scale=input_scale, k=config.k
+    )
     return Cell(config, objective, weights.to(torch.float32), choice)
 
 
