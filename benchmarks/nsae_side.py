@@ -71,8 +71,8 @@ def weights_of(cell: Cell) -> Weights:
 
 def first_moments_of(cell: Cell) -> dict[str, torch.Tensor]:
     """Adam's first moment of each parameter, by its name."""
-    prefix = "adam/exp_avg/"
-    return {name.removeprefix(prefix): value for name, value in cell.state().items() if name.startswith(prefix)}
+    state = {name: cell.state()[f"adam/exp_avg/{name}"] for name in cell.weights.named()}
+    return state | {"W_enc": state["W_enc"].t()}  # which the state has as [d_sae, d_in]
 
 
 def as_rows(x: torch.Tensor) -> HookRows:

@@ -16,7 +16,7 @@ from nsae_cli.kernels.native_ops import NativeOps
 from nsae_cli.kernels.reference import step_gradients
 from nsae_cli.kernels.sparse import SparseStep
 from nsae_cli.kernels.torch_ops import TorchOps
-from nsae_cli.kernels.types import Weights
+from nsae_cli.kernels.types import Weights, in_memory_order
 from nsae_cli.kernels.update import GradientBuffer, Updater
 from nsae_cli.sae.nonlinearity import NONLINEARITIES
 from nsae_cli.sae.penalty import PENALTIES, TANH_SLOPE
@@ -163,8 +163,9 @@ def started(problem: Problem, decoder: str, clip: float | None) -> tuple[Weights
     generator = torch.Generator().manual_seed(3)
     state = {"step": torch.tensor(float(STEPS_TAKEN))}
     for name, tensor in weights.named().items():
-        state[f"exp_avg/{name}"] = torch.randn(tensor.shape, generator=generator) * 0.01
-        state[f"exp_avg_sq/{name}"] = torch.rand(tensor.shape, generator=generator) * 1e-3 + 1e-4
+        shape = in_memory_order(tensor).shape
+        state[f"exp_avg/{name}"] = torch.randn(shape, generator=generator) * 0.01
+        state[f"exp_avg_sq/{name}"] = torch.rand(shape, generator=generator) * 1e-3 + 1e-4
     updater.adam.load_state(state)
     return weights, updater
 
@@ -193,7 +194,8 @@ def after_a_step_in_float64(problem: Problem, decoder: str, clip: float | None, 
             g *= clip / norm
     t = STEPS_TAKEN + 1
     for name, p in weights.named().items():
-        g, m, v = gradients.named()[name], moments[f"exp_avg/{name}"], moments[f"exp_avg_sq/{name}"]
+        p, g = in_memory_order(p), in_memory_order(gradients.named()[name])
+        m, v = moments[f"exp_avg/{name}"], moments[f"exp_avg_sq/{name}"]
         m += (g - m) * 0.1
         v += (g * g - v) * 0.001
         p -= LR / (1 - 0.9**t) * m / ((v / (1 - 0.999**t)).sqrt() + 1e-8)

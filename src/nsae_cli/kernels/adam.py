@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.optim.adam import adam
 
-from nsae_cli.kernels.types import Weights
+from nsae_cli.kernels.types import Weights, in_memory_order
 
 _FUSED_ON = ("cpu", "cuda", "mps")
 #: Every so many steps, moments below _NOTHING become 0. A silent feature's moments decay for ever; as denormals they
@@ -64,10 +64,10 @@ class Adam:
         weights, names = self._weights.named(), list(gradients)
         first, second = (moment.named() for moment in self.moments())
         adam(
-            [_dense(weights[name]) for name in names],
-            [_dense(gradients[name]) for name in names],
-            [_dense(first[name]) for name in names],
-            [_dense(second[name]) for name in names],
+            [in_memory_order(weights[name]) for name in names],
+            [in_memory_order(gradients[name]) for name in names],
+            [in_memory_order(first[name]) for name in names],
+            [in_memory_order(second[name]) for name in names],
             [],
             [self._steps[name] for name in names],
             foreach=False,
@@ -92,20 +92,15 @@ class Adam:
                     torch.hardshrink(tensor, _NOTHING, out=tensor)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Moments and number of steps, by name; the tensors themselves."""
-        state = {f"{kind}/{name}": t for kind, moment in self._moments.items() for name, t in moment.named().items()}
-        return state | {"step": self._steps["b_enc"]}
+        """Moments and number of steps, by name; the tensors themselves, in the order of their memory."""
+        moments = {f"{kind}/{name}": t for kind, moment in self._moments.items() for name, t in moment.named().items()}
+        return {key: in_memory_order(t) for key, t in moments.items()} | {"step": self._steps["b_enc"]}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Goes on from `state()`."""
         for kind, moment in self._moments.items():
             for name, tensor in moment.named().items():
-                tensor.copy_(state[f"{kind}/{name}"])
+                in_memory_order(tensor).copy_(state[f"{kind}/{name}"])
         self._taken = int(state["step"])
         for step in self._steps.values():
             step.fill_(self._taken)
-
-
-def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory in its own order: fused Adam takes contiguous tensors."""
-    return tensor if tensor.is_contiguous() else tensor.t()

@@ -9,6 +9,11 @@ from typing import Literal, Protocol
 import torch
 
 
+def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a contiguous tensor: a matrix that is laid out by columns comes transposed."""
+    return tensor if tensor.is_contiguous() else tensor.t()
+
+
 @dataclass
 class Weights:
     """The parameters of an SAE, or their gradients.

@@ -10,7 +10,7 @@ import torch
 from nsae_cli.errors import NumericalError
 from nsae_cli.kernels.auxk import with_auxiliary_loss
 from nsae_cli.kernels.select import Choice
-from nsae_cli.kernels.types import StepResult, Weights
+from nsae_cli.kernels.types import StepResult, Weights, in_memory_order
 from nsae_cli.kernels.update import GradientBuffer, Gradients, Updater
 from nsae_cli.metrics.deadness import FiredWindow
 from nsae_cli.sae.autoencoder import SparseAutoencoder, fold_input_scale
@@ -161,9 +161,11 @@ class Cell:
     def state(self) -> dict[str, torch.Tensor]:
         """Everything that a later step depends on beside the configuration, by name.
 
-        On the CPU these are the tensors themselves, not copies: to be written before the next step.
+        On the CPU these are the tensors themselves, not copies: to be written before the next step. Matrices are in the
+        order of their memory (W_enc as [d_sae, d_in]), so that writing them copies nothing either.
         """
-        state = self.weights.named() | {f"adam/{key}": value for key, value in self._updater.adam.state().items()}
+        state = {name: in_memory_order(tensor) for name, tensor in self.weights.named().items()}
+        state |= {f"adam/{key}": value for key, value in self._updater.adam.state().items()}
         state |= {f"window/{key}": value for key, value in self.window.state().items()}
         state |= {f"kernel/{key}": value for key, value in self.kernel.state().items()}
         if self._threshold is not None:
@@ -174,7 +176,7 @@ class Cell:
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Goes on from `state()`. A missing entry is a KeyError: nothing is ever re-estimated."""
         for name, tensor in self.weights.named().items():
-            tensor.copy_(state[name])
+            in_memory_order(tensor).copy_(state[name])
         self._updater.adam.load_state({key: state[f"adam/{key}"] for key in self._updater.adam.state()})
         self.window.load_state({key: state[f"window/{key}"] for key in self.window.state()})
         self.kernel.load_state({key: state[f"kernel/{key}"] for key in self.kernel.state()})
