@@ -51,9 +51,15 @@ def choose_device(option: DeviceOption) -> tuple[torch.device, str]:
 SMALL_PRODUCT = 2**28
 
 
+#: How many threads torch had before the outermost `one_thread_if_small` took them, while it is in force.
+_before: int | None = None
+
+
 @contextlib.contextmanager
 def one_thread_if_small(product: int, device: torch.device) -> Iterator[int]:
     """Sets torch to one thread for work whose largest matrix product is small, and back afterwards.
+
+    Inside such work, larger work (a model that is run while small SAEs train) gets all threads again.
 
     Args:
         product: multiplications of the largest product.
@@ -62,15 +68,20 @@ def one_thread_if_small(product: int, device: torch.device) -> Iterator[int]:
     Yields:
         How many such pieces of work can run side by side: the number of threads that were taken from torch, else 1.
     """
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or product > SMALL_PRODUCT:
+    global _before
+    now = torch.get_num_threads()
+    outer, everything = _before, _before or now
+    wanted = 1 if product <= SMALL_PRODUCT else everything
+    if device.type != "cpu" or wanted == now:
         yield 1
         return
-    torch.set_num_threads(1)
+    torch.set_num_threads(wanted)
+    _before = everything
     try:
-        yield threads
+        yield everything if wanted == 1 else 1
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(now)
+        _before = outer
 
 
 def _describe(device: str) -> str:

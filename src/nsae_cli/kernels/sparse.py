@@ -150,6 +150,7 @@ class SparseStep:
             log_threshold=log_threshold,
             columns=columns,
             along=along,
+            decoder_norms=norms,
             x=x,
             weights=weights,
             into=into,
@@ -207,7 +208,8 @@ class SparseGradients:
         b_enc: [F]
         b_dec: [d]
         log_threshold: [F], None where the activation has no thresholds
-        along: what is added to ∂W_dec,j in the direction of W_dec,j, [F]
+        along: what is added to ∂W_dec,j in the direction of W_dec,j, [F]; 0 for penalties without decoder norms
+        decoder_norms: ‖W_dec,j‖ [F], None where the penalty does not use them
     """
 
     ops: SparseOps
@@ -217,6 +219,7 @@ class SparseGradients:
     log_threshold: torch.Tensor | None
     columns: Columns
     along: torch.Tensor
+    decoder_norms: torch.Tensor | None
     x: torch.Tensor
     weights: Weights
     into: GradientBuffer
@@ -252,7 +255,7 @@ class SparseGradients:
         assert isinstance(self.ops, UpdatingOps)
         along = self.along
         if decoder == "unit":
-            length_sq = torch.linalg.vecdot(self.weights.W_dec, self.weights.W_dec)
-            along = (along - (self.columns.sum_along + along * length_sq)).to(along.dtype)
+            of_penalty = 0.0 if self.decoder_norms is None else along * self.decoder_norms.double().square()
+            along = (along - (self.columns.sum_along + of_penalty)).to(along.dtype)
         adam.step_biases(self.b_enc, self.b_dec, lr, self.log_threshold)
         self.ops.update(self.columns, self.x, self.result.error, along, self.weights, adam, decoder, lr)
