@@ -3,7 +3,8 @@
     python benchmarks/bench_sparse_ops.py                        # needs numba: `make bench-setup`
     python benchmarks/bench_sparse_ops.py --shape 768,24576,1024 --density 0.003
 
-Operations: `decode` (x̂ − x, ‖·‖² and error·W_dec of every active entry) and `gradients` (both weight gradients). One
+Operations: `scan` (the active entries of a product in memory; for the dense side relu), `decode` (x̂ − x, ‖·‖² and
+error·W_dec of every active entry) and `gradients` (both weight gradients). One
 thread, CPU time, medians over rounds that alternate. It is what the choice of compiled loops rests on: they have to be
 faster than what installs without a compiler anyhow. numba's functions are the same loops, written as one writes numba.
 """
@@ -16,19 +17,21 @@ import datetime
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import nsae_cli
 from nsae_cli.kernels.calibration import machine
-from nsae_cli.kernels.native.library import load
+from nsae_cli.kernels.native.library import NativeLibrary, load
 from nsae_cli.kernels.native_ops import NativeOps
 from nsae_cli.kernels.torch_ops import TorchOps
 from nsae_cli.kernels.types import Weights
 from nsae_cli.training.bench import Synthetic
 
 CSV = Path(__file__).parent / "data" / "sparse_ops.csv"
+OPERATIONS = ("scan", "decode", "gradients")
 DENSITIES = [0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4]
 
 Operation = Callable[[], object]
@@ -38,6 +41,18 @@ def numba_operations(data: Synthetic, entries, columns, error: torch.Tensor) -> 
     """The same loops in numba, compiled for this processor before the first round."""
     import numba
     import numpy as np
+
+    @numba.njit(nogil=True)
+    def scan(z, bias, row_ptr, cols, values):
+        found = 0
+        for i in range(z.shape[0]):
+            for j in range(z.shape[1]):
+                v = z[i, j] + bias[j]
+                if v > 0:
+                    cols[found] = j
+                    values[found] = v
+                    found += 1
+            row_ptr[i + 1] = found
 
     @numba.njit(fastmath=True, nogil=True)
     def decode(row_ptr, cols, acts, W_dec, b_dec, x, error, sq_error, dots):
@@ -76,15 +91,35 @@ def numba_operations(data: Synthetic, entries, columns, error: torch.Tensor) -> 
                     g_dec[k] += p * er[k]
 
     x, weights = data.x.numpy(), data.weights
+    z, bias = product(data).numpy(), weights.b_enc.numpy()
+    room = (np.zeros(len(x) + 1, np.int64), np.empty(z.size, np.int32), np.empty(z.size, np.float32))
     W_dec, b_dec = weights.W_dec.numpy(), weights.b_dec.numpy()
     out = (np.empty_like(x), np.empty(len(x), np.float32), np.empty(len(entries.cols), np.float32))
     by_row = (entries.row_ptr.numpy(), entries.cols.numpy(), entries.pre_acts.numpy())
     by_feature = tuple(t.numpy() for t in (columns.col_ptr, columns.rows, columns.delta, columns.pull))
     grads = (np.empty_like(W_dec), np.empty_like(W_dec))
     return {
+        "scan": lambda: scan(z, bias, *room),
         "decode": lambda: decode(*by_row, W_dec, b_dec, x, *out),
         "gradients": lambda: gradients(*by_feature, x, error.numpy(), *grads),
     }
+
+
+def product(data: Synthetic) -> torch.Tensor:
+    """x @ W_enc, without the bias."""
+    return data.x @ data.weights.W_enc
+
+
+def scan_compiled(library: NativeLibrary, data: Synthetic, z: torch.Tensor) -> object:
+    """nsae_collect on a product in float32."""
+    (rows, width), d = z.shape, data.x.shape[1]
+    counts, cols = torch.empty(rows, dtype=torch.int32), torch.empty(z.numel() + width, dtype=torch.int32)
+    values, nothing = torch.empty(len(cols)), (None,) * 5
+    return library.call(
+        "collect",
+        *(z, 0, rows, width, d, data.weights.b_enc, None, None, 0, data.x, None, None, *nothing, 0.0, len(cols)),
+        *(counts, cols, values, torch.empty(width, dtype=torch.int32), torch.empty(width), torch.zeros(1).long()),
+    )
 
 
 def sides(data: Synthetic) -> tuple[dict[str, dict[str, Operation]], float]:
@@ -102,11 +137,15 @@ def sides(data: Synthetic) -> tuple[dict[str, dict[str, Operation]], float]:
             "gradients": lambda: ops.gradients(columns, x, error, along, weights, gradients),
         }
 
-    found = {"torch CSR": of(TorchOps())}
+    z = product(data)
+    found = {
+        "torch CSR": {"scan": lambda: ((above := z + weights.b_enc > 0).nonzero(), z[above]), **of(TorchOps())},
+    }
     for isa in ("base", "avx2", "avx512"):
         library = load(isa)
         if library is not None:
-            found[f"compiled {isa}"] = of(NativeOps(library, certified=False))
+            scan = partial(scan_compiled, library, data, z)
+            found[f"compiled {isa}"] = {"scan": scan, **of(NativeOps(library, certified=False))}
     found["numba"] = numba_operations(data, entries, columns, error)
     acts = torch.relu(x @ weights.W_enc + weights.b_enc)
     found["dense products"] = dense_operations(data.weights, acts, error, x)
@@ -119,6 +158,7 @@ def dense_operations(
     """The four matrix products that the operations stand for."""
     delta = torch.empty_like(acts)
     return {
+        "scan": lambda: torch.relu(acts),
         "decode": lambda: (torch.mm(acts, weights.W_dec), torch.mm(error, weights.W_dec.t(), out=delta)),
         "gradients": lambda: (torch.mm(acts.t(), error), torch.mm(delta.t(), x)),
     }
@@ -172,11 +212,13 @@ def main() -> None:
                     name,
                 ]
                 writer.writerow([*row, arguments.rounds, f"{seconds:.5f}", f"{ratio:.2f}"])
-            print(f"density {found:.2%}, times as fast as the dense products (decode, gradients, both):")
+            print(
+                f"density {found:.2%}, times as fast as the dense operations (scan, decode, gradients, the last two):"
+            )
             for side in operations:
-                here = [medians[side, name] for name in ("decode", "gradients")]
-                dense = [medians["dense products", name] for name in ("decode", "gradients")]
-                ratios = (dense[0] / here[0], dense[1] / here[1], sum(dense) / sum(here))
+                here = [medians[side, name] for name in OPERATIONS]
+                dense = [medians["dense products", name] for name in OPERATIONS]
+                ratios = [d / h for d, h in zip(dense, here, strict=True)] + [sum(dense[1:]) / sum(here[1:])]
                 print(f"  {side:16}" + "".join(f"{ratio:8.1f}" for ratio in ratios), flush=True)
 
 
