@@ -39,6 +39,7 @@ import peers
 from nsae_cli.kernels.types import Weights
 from nsae_cli.metrics.groups import SINKS
 from nsae_cli.sae.init import geometric_median, initialise
+from nsae_cli.sae.nonlinearity import NONLINEARITIES
 from nsae_cli.store.batches import BatchStream, HookRows, held_out_rows
 from nsae_cli.store.contexts import Contexts
 from nsae_cli.store.profile import profile_hook
@@ -326,7 +327,7 @@ def main() -> None:
         first = stream.first_rows(INIT_ROWS)[hook]
         centre = geometric_median(first.x[first.group != SINKS])
         generator = torch.Generator().manual_seed(0)
-        start = initialise("relu", "free", args.d_sae, first.x.float() * scale, centre * scale, generator)
+        start = initialise(NONLINEARITIES["relu"], "free", args.d_sae, first.x.float() * scale, centre * scale, generator)
         held_out = torch.cat([rows.x.float() * scale for rows, _ in held_out_rows(store, profile, contexts, 4096)])
         print(
             f"{store.manifest.rows:,} rows, {profile.training_rows:,} to train on, {profile.training_sinks:,} sinks "

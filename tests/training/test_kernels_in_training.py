@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from command import contents
 from nsae_cli import interrupt, load_sae
 from nsae_cli.errors import Interrupted, UsageError
 from nsae_cli.kernels.native import library
@@ -67,7 +68,7 @@ def test_steps_are_dense_first_and_sparse_once_few_features_are_active(run, work
 def test_cut_at_any_step_a_run_goes_on_with_the_same_kernels_and_bits(run, workspace, taken, monkeypatch, clip):
     options = FALLING | ({"clip": clip} if clip else {})
     run("whole", **options)
-    whole, names = files(workspace.root / "saes/whole"), list(taken)
+    whole, names = contents(workspace.root / "saes/whole"), list(taken)
     change = next(i for i, name in enumerate(names) if name != "dense")
     for cut in (1, change - 1, change, change + 1, len(names) - 1):
         taken.clear()
@@ -80,14 +81,7 @@ def test_cut_at_any_step_a_run_goes_on_with_the_same_kernels_and_bits(run, works
         monkeypatch.setattr(interrupt, "stop_requested", lambda: None)
         run(f"cut-{cut}", **options)
         assert taken == names
-        assert files(workspace.root / "saes" / f"cut-{cut}") == whole
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {
-        name: (folder / name).read_bytes()
-        for name in ("sae_weights.safetensors", "metrics.jsonl", "run.json", "features.safetensors")
-    }
+        assert contents(workspace.root / "saes" / f"cut-{cut}") == whole
 
 
 def test_another_kernel_is_the_same_sae_and_not_another_one(run):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from command import contents
 from nsae_cli import interrupt
 from nsae_cli.errors import Interrupted
 from nsae_cli.kernels.select import choose
@@ -18,14 +19,6 @@ from nsae_cli.training.waves import MemoryPlan, cell_bytes, free_bytes, plan_mem
 GRID = {"act": "relu,tanh-relu", "l2_norm": "none,sq", "sinks": "keep,drop", "checkpoint_every": "7"}
 #: Rows of both streams in float16, and three cells of 2·12·20 + 20 + 12 parameters at 16 to 17 bytes.
 ROOM = str(2 * 300 * 12 * 2 + 3 * 17 * 512)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("timings.jsonl", "verified.jsonl")
-    }
 
 
 @pytest.fixture
@@ -51,7 +44,7 @@ def test_waves_take_turns_and_change_nothing(run, workspace, side_by_side, liste
     side_by_side.clear()
     run("waves", max_memory=ROOM, **GRID)
     assert sorted(side_by_side.values()) == [2] * 40 + [3] * 80
-    assert files(workspace.root / "saes/waves") == files(workspace.root / "saes/whole")
+    assert contents(workspace.root / "saes/waves") == contents(workspace.root / "saes/whole")
     assert any("3 waves of 3 + 3 + 2 SAEs" in note for note in listener.notes)
 
 
@@ -65,13 +58,13 @@ def test_cut_in_any_wave_the_run_goes_on_with_that_wave(run, workspace, monkeypa
         run("cut", max_memory=ROOM, **GRID)
     monkeypatch.setattr(interrupt, "stop_requested", lambda: None)
     run("cut", max_memory="1", **GRID)
-    assert files(workspace.root / "saes/cut") == files(workspace.root / "saes/whole")
+    assert contents(workspace.root / "saes/cut") == contents(workspace.root / "saes/whole")
 
 
 def test_at_least_one_sae_trains_whatever_the_memory(run, workspace):
     run("tiny", max_memory="1", act="relu,tanh-relu")
     run("whole", act="relu,tanh-relu")
-    assert files(workspace.root / "saes/tiny") == files(workspace.root / "saes/whole")
+    assert contents(workspace.root / "saes/tiny") == contents(workspace.root / "saes/whole")
 
 
 def test_waves_by_hand():
