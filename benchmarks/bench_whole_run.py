@@ -327,7 +327,9 @@ def main() -> None:
         first = stream.first_rows(INIT_ROWS)[hook]
         centre = geometric_median(first.x[first.group != SINKS])
         generator = torch.Generator().manual_seed(0)
-        start = initialise(NONLINEARITIES["relu"], "free", args.d_sae, first.x.float() * scale, centre * scale, generator)
+        start = initialise(
+            NONLINEARITIES["relu"], "free", args.d_sae, first.x.float() * scale, centre * scale, generator
+        )
         held_out = torch.cat([rows.x.float() * scale for rows, _ in held_out_rows(store, profile, contexts, 4096)])
         print(
             f"{store.manifest.rows:,} rows, {profile.training_rows:,} to train on, {profile.training_sinks:,} sinks "

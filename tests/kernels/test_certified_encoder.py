@@ -162,3 +162,47 @@ def test_the_shadow_is_the_rounded_encoder_with_norms_rounded_up():
         ):
             assert bool((found.double() >= exact)[finite].all())
             assert bool((found.double() <= exact * (1 + 1e-5) + 1e-44)[finite].all())
+
+
+@pytest.mark.parametrize("d", [1, 7, 64, 700])
+@pytest.mark.parametrize("row_scale", [1e-25, 1.0, 300.0])
+def test_the_rows_parts_of_the_bound_are_at_least_the_formulas(d, row_scale):
+    """A_i, C_i and the slack term by term in float64, as `certified` derives them; not more than 1 % above, either."""
+    g = torch.Generator().manual_seed(d)
+    x = torch.randn(50, d, generator=g) * row_scale
+    centre = torch.randn(d, generator=g) * row_scale
+    rounded = certified.round_rows(x, centre)
+    y = (x - centre).double()
+    y_hat = rounded.rows.double()
+    u = 2.0**-24
+    length = {name: rows.norm(dim=1) for name, rows in (("y", y), ("y_hat", y_hat), ("off", y - y_hat))}
+    row_a = length["off"] + 2 * u * (d + 8) * length["y_hat"] + 2 * u * length["y"]
+    row_a += u * (d + 8) * (x.double().norm(dim=1) + centre.double().norm())
+    row_b = (1 + 2 * u * (d + 8)) * length["y_hat"]
+    tiny = d**0.5 * 2.0**-60 + d * 2.0**-120
+    for found, exact in ((rounded.row_a, row_a), (rounded.row_b, row_b)):
+        assert bool((found.double() >= exact).all())
+        assert bool((found.double() <= 1.01 * exact + tiny).all())
+    assert bool((rounded.slack.double() >= d * 2.0**-126 * (length["y_hat"] + 1)).all())
+    assert certified.RELATIVE >= 2.0**-8 + 2.0**-21
+
+
+def test_rows_whose_squares_vanish_in_float32_are_bounded():
+    x = torch.full((3, 40), 1e-30)
+    rounded = certified.round_rows(x, torch.zeros(40))
+    off = (x.double() - rounded.rows.double()).norm(dim=1)
+    assert bool((rounded.row_a.double() >= off).all())
+    assert bool((rounded.row_b.double() >= rounded.rows.double().norm(dim=1)).all())
+
+
+@pytest.mark.parametrize("isa", ["base", "avx512"])
+def test_noise_that_cancels_the_product_is_allowed_for(isa):
+    """z = x·w + b + noise of about ±1e-6 with terms of 3e4: the test's own float32 sum may be off by more than that."""
+    g = torch.Generator().manual_seed(0)
+    x, W_enc = torch.ones(200, 1), torch.full((1, 90), 32768.0)  # exact in bfloat16: nothing but the noise is rounded
+    noise = -32768.0 + torch.randn(200, 90, generator=g) * 0.004
+    weights = Weights(W_enc, torch.zeros(90), torch.zeros(90, 1), torch.zeros(1)).by_feature()
+    entries = native(isa).active(x, weights, weights.b_enc, noise=noise, threshold=0.0, top_k=None)
+    found = torch.zeros(200, 90, dtype=torch.bool)
+    found[entries.rows(), entries.cols.long()] = True
+    assert torch.equal(found, 32768.0 + noise.double() > 0)

@@ -12,6 +12,8 @@ from problems import Problem
 from nsae_cli.errors import UsageError
 from nsae_cli.kernels import calibration, select
 from nsae_cli.kernels.calibration import Point
+from nsae_cli.kernels.dense import DenseStep
+from nsae_cli.kernels.entries import TooManyEntriesError
 from nsae_cli.kernels.native import library
 from nsae_cli.kernels.select import AdaptiveKernel, choose
 from nsae_cli.kernels.update import GradientBuffer
@@ -24,6 +26,9 @@ RELU = NONLINEARITIES["relu"]
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+BAD_TYPES = '[{"machine": "m", "kind": "torch", "d_in": "wide", "d_sae": 1, "density": 0.5}]'
 
 
 def step(kernel: AdaptiveKernel, active: float) -> str:
@@ -99,13 +104,16 @@ def test_cuda_steps_sparsely_only_once_it_has_been_timed_there(monkeypatch):
     assert "nsae bench --calibrate" in untimed.reason
     with pytest.raises(UsageError, match="give --kernel sparse too"):
         choose("auto", "certified", CUDA)
-    assert choose("sparse", "auto", CUDA).kind == "triton"
-    calibration.save_points([Point(calibration.machine(CUDA), "triton", 768, 6144, 0.008)])
-    for precision, certify in (("auto", True), ("certified", True), ("fp32", False)):
+    assert choose("sparse", "auto", CUDA).kind == "triton-certified"
+    calibration.save_points([Point(calibration.machine(CUDA), "triton-certified", 768, 6144, 0.008)])
+    assert choose("auto", "fp32", CUDA).kind == "none"
+    calibration.save_points([Point(calibration.machine(CUDA), "triton-fp32", 768, 6144, 0.004)])
+    for precision in ("auto", "certified", "fp32"):
         timed = choose("auto", precision, CUDA)
-        assert (timed.kind, timed.certified, timed.dense) == ("triton", certify, True)
-    assert calibration.crossover("triton", CUDA, 768, 24576) == 0.008
-    assert calibration.crossover("triton", CPU, 768, 24576) is None
+        assert (timed.certified, timed.dense) == (precision != "fp32", True)
+        assert timed.kind == f"triton-{'fp32' if precision == 'fp32' else 'certified'}"
+    assert calibration.crossover("triton-fp32", CUDA, 768, 24576) == 0.004
+    assert calibration.crossover("triton-fp32", CPU, 768, 24576) is None
 
 
 def test_cuda_multiplies_in_bf16_unless_told_otherwise():
@@ -138,3 +146,39 @@ def test_a_damaged_cache_is_no_cache(text):
     assert calibration.crossover("torch", CPU, 8, 8) == calibration.DEFAULTS["torch"]
     calibration.save_points([Point("m", "torch", 1, 1, 0.5)])
     assert len(json.loads(calibration.cache_file().read_text())) == 1
+
+
+def test_without_a_home_folder_there_is_no_cache(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(calibration.Path, "home", no_home)
+    assert calibration.crossover("torch", CPU, 8, 8) == calibration.DEFAULTS["torch"]
+
+
+def test_a_sparse_step_that_keeps_giving_batches_back_is_given_up():
+    class Refusing:
+        name = "refusing"
+        asked = 0
+
+        def backward(self, *arguments, **options):
+            self.asked += 1
+            raise TooManyEntriesError(10, 5)
+
+    refusing = Refusing()
+    kernel = AdaptiveKernel(DenseStep(), refusing, crossover=0.2, density=0.01)
+    assert [step(kernel, 0.01) for _ in range(8)] == ["sparse"] * 3 + [
+        "dense"
+    ] * 5  # asked, then taken by the dense one
+    assert refusing.asked == 3
+
+
+def test_the_gradients_memory_is_given_back_with_the_first_sparse_step():
+    kernel, problem = choose("auto", "auto", CPU).make(8, 200, RELU), Problem((32, 8, 200), torch.float32)
+    buffer = GradientBuffer(problem.weights)
+    problem.weights.b_enc.sub_(100)
+    kernel.backward(problem.x, problem.weights, buffer, **problem.arguments("relu", "l1"))
+    assert buffer._gradients is None
+    assert kernel.name != "dense"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from problems import Found, Problem, assert_close, assert_same
 
+from nsae_cli.kernels import native_ops
 from nsae_cli.kernels.decoder import normalise_rows_
 from nsae_cli.kernels.dense import DenseStep
 from nsae_cli.kernels.entries import SparseOps
@@ -407,3 +409,75 @@ def test_two_hundred_steps_drift_no_farther_from_float64_than_dense_steps_do():
     for name in EVERY_OPS:
         found = (losses(SparseStep(make_ops(name)), torch.float32) / exact - 1).abs().max()
         assert found <= 2 * of_dense, (name, float(found), float(of_dense))
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+@pytest.mark.parametrize("name", ["base-fp32", "avx512-fp32", "avx512-certified"])
+def test_blocks_of_rows_give_what_one_block_gives(monkeypatch, name, top_k):
+    """Rows, noise, bounds and thresholds of every block are its own; buffers that overflow go on where they stopped."""
+    problem = at_density(Problem((230, 24, 150), torch.float32, noisy=True), 0.2)
+    problem.x[::17] *= 30
+
+    def found():
+        return make_ops(name).active(
+            problem.x, problem.weights, problem.weights.b_enc, noise=problem.noise, threshold=0.0, top_k=top_k
+        )
+
+    whole = found()
+    monkeypatch.setattr(native_ops, "_MIN_BLOCK_ROWS", 37)
+    monkeypatch.setattr(native_ops, "_BLOCK_BYTES", 1)
+    blocks = found()
+    assert torch.equal(whole.row_ptr, blocks.row_ptr)
+    assert torch.equal(whole.cols, blocks.cols)
+    torch.testing.assert_close(whole.pre_acts, blocks.pre_acts, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize("room", [150, 151, 299, 300, 455])
+def test_a_full_buffer_stops_in_time(isa, room):
+    """Every row has all 150 features active; a row is begun only where there is room for all of them."""
+    library = load(isa) or load()
+    assert library is not None
+    z, canary = torch.ones(4, 150), -7
+    counts = torch.full((4,), canary, dtype=torch.int32)
+    cols, values = torch.full((room + 64,), canary, dtype=torch.int32), torch.full((room + 64,), float(canary))
+    done = library.call(
+        "collect",
+        *(z, 0, 4, 150, 1, torch.zeros(150), None, None, 0, torch.ones(4, 1), None, None, *(None,) * 5, 0.0, room),
+        *(counts, cols, values, torch.empty(150, dtype=torch.int32), torch.empty(150), torch.zeros(1).long()),
+    )
+    assert done == room // 150
+    assert counts.tolist() == [150] * done + [canary] * (4 - done)
+    assert bool((cols[room:] == canary).all())
+    assert bool((values[room:] == canary).all())
+
+
+def test_a_threshold_is_a_floor_for_top_k(ops):
+    problem = Problem((30, 24, 60), torch.float32)
+    problem.x[4] *= 20
+    z = problem.pre_acts()
+    found = ops.active(problem.x, problem.weights, problem.weights.b_enc, noise=None, threshold=0.8, top_k=4)
+    expected = (z > 0.8) & (z >= z.topk(4, dim=1).values[:, -1:])
+    assert torch.equal(found.rows() * 60 + found.cols, expected.flatten().nonzero()[:, 0])
+
+
+def test_steps_side_by_side_do_not_share_their_buffers():
+    """Many steps in threads at once, as the cells of a grid take them, each as it is alone."""
+    problems = [at_density(Problem((60, 16, 90 + i), torch.float32, noisy=True), 0.15) for i in range(6)]
+    alone = [problem.run(SparseStep(make_ops("avx512-certified")), "relu", "l1") for problem in problems]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(20):
+            together = pool.map(lambda p: p.run(SparseStep(make_ops("avx512-certified")), "relu", "l1"), problems)
+            for found, expected in zip(together, alone, strict=True):
+                assert all(torch.equal(quantities(found)[key], value) for key, value in quantities(expected).items())
+
+
+def test_silent_features_moments_become_zero_in_the_fused_update():
+    problem = Problem((40, 8, 30), torch.float32, bias=-60.0)
+    weights, updater = started(problem, "unit", None)
+    step, buffer = SparseStep(make_ops("avx512-fp32")), GradientBuffer(weights)
+    for _ in range(1000):
+        updater.step(step.backward(problem.x, weights, buffer, **problem.arguments("relu", "l1")), 1e-6)
+    state = updater.adam.state()
+    for name in ("W_enc", "b_enc", "W_dec"):
+        assert not state[f"exp_avg/{name}"].any(), name

@@ -26,7 +26,7 @@ class Point:
 
     Attributes:
         machine: see `machine`.
-        kind: of the sparse step.
+        kind: of the sparse step, see `select.Choice.kind`.
         d_in, d_sae: of the SAE.
         density: at which dense and sparse step take the same time.
     """
@@ -63,8 +63,9 @@ def cache_file() -> Path:
 def load_points() -> list[Point]:
     """All measured cross-overs; a file that is absent or damaged holds none."""
     try:
-        return [Point(**point) for point in json.loads(cache_file().read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError):
+        points = [Point(**point) for point in json.loads(cache_file().read_text(encoding="utf-8"))]
+        return [Point(str(p.machine), str(p.kind), int(p.d_in), int(p.d_sae), float(p.density)) for p in points]
+    except (OSError, ValueError, TypeError, RuntimeError):  # RuntimeError: there is no home folder
         return []
 
 
@@ -82,7 +83,7 @@ def crossover(kind: str, device: torch.device, d_in: int, d_sae: int) -> float |
     """The cross-over density of a sparse step: the measurement nearest in size, else the default.
 
     Args:
-        kind: a key of `DEFAULTS`, or ``triton``, of which there may be neither: None.
+        kind: a key of `DEFAULTS`, or Triton's, of which there may be neither default nor measurement: None.
         device: where the steps are taken.
         d_in, d_sae: of the SAE.
     """

@@ -41,6 +41,10 @@ class DenseGradients:
     def b_dec(self) -> torch.Tensor:
         return self.gradients.b_dec
 
+    @property
+    def log_threshold(self) -> torch.Tensor | None:
+        return self.gradients.log_threshold
+
     def full(self) -> Weights:
         """See `update.Gradients.full`."""
         return self.gradients
@@ -55,7 +59,7 @@ class DenseGradients:
 
 
 class DenseStep:
-    """Callable with `reference.step_gradients`' signature, from any thread; holds the buffers that steps share.
+    """Callable with `reference.step_gradients`' signature, from any thread; steps of a thread share buffers (`scratch`).
 
     The same inputs give the same bits on one machine with one number of threads: blocks and the order of every sum
     depend on the shapes only.

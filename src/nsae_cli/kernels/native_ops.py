@@ -78,7 +78,7 @@ class NativeOps:
         self._chunk = chunk
         self._shadow = EncoderShadow(library) if certified else None
         self.name = f"native {library.isa}{', certified bf16 encoder' if certified else ', fp32 encoder'}"
-        #: Entries that were evaluated in float32, and entries that were active, since the start (certified only).
+        #: Entries that were evaluated anew in float32 since the start (certified only).
         self.evaluated = 0
 
     def active(
@@ -92,6 +92,10 @@ class NativeOps:
         top_k: int | None,
     ) -> Entries:
         """See `SparseOps.active`."""
+        for tensor in (x, noise):
+            if tensor is not None:
+                assert tensor.is_contiguous(), "the compiled loops read whole rows"
+                assert tensor.dtype == torch.float32, "the compiled loops read float32"
         B, F = x.shape[0], b_enc.shape[0]
         encoder = _feature_major(weights.W_enc)
         rounded: RoundedRows | None = None
@@ -205,7 +209,7 @@ class NativeOps:
         """The gradients of `gradients`, Adam's step on W_enc and W_dec, and the decoder's constraint, in one pass.
 
         Args:
-            adam: holds the moments; `adam.begin_step` has counted this step already.
+            adam: holds the moments; `adam.step_biases` has counted this step already.
             decoder: ``free``, ``unit`` or ``bounded``.
             lr: learning rate.
         """

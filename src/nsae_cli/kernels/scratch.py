@@ -20,3 +20,8 @@ def buffer(name: str, rows: int, width: int, dtype: torch.dtype, device: torch.d
     if held is None or held.numel() < size or held.dtype != dtype or held.device != torch.device(device):
         held = buffers[name] = torch.empty(size, dtype=dtype, device=device)
     return held[:size].view(rows, width)
+
+
+def clear() -> None:
+    """Frees the calling thread's buffers: its work is done."""
+    _local.__dict__.clear()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 
@@ -21,7 +21,7 @@ from nsae_cli.kernels.native_ops import NativeOps
 from nsae_cli.kernels.options import KernelOption, PrecisionOption
 from nsae_cli.kernels.sparse import SparseStep
 from nsae_cli.kernels.torch_ops import TorchOps
-from nsae_cli.kernels.types import Activation, Penalty, Weights
+from nsae_cli.kernels.types import Activation, Weights
 from nsae_cli.kernels.update import GradientBuffer, Gradients
 
 SparseKind = Literal["native", "torch", "triton"]
@@ -30,27 +30,8 @@ SparseKind = Literal["native", "torch", "triton"]
 _HYSTERESIS = 1.15
 #: With a dense step beside it, a Triton step gives a batch back that is denser than this, instead of taking the memory.
 _MOST_DENSITY = 0.1
-
-
-class Kernel(Protocol):
-    """The forward and backward pass of a training step."""
-
-    @property
-    def name(self) -> str: ...
-
-    def backward(
-        self,
-        x: torch.Tensor,
-        weights: Weights,
-        into: GradientBuffer,
-        *,
-        activation: Activation,
-        penalty: Penalty,
-        error_weight: torch.Tensor,
-        sparsity_weight: torch.Tensor,
-        noise: torch.Tensor | None = None,
-    ) -> Gradients:
-        """Loss terms and gradients; arguments as in `reference.step_gradients`, `into` for gradients in full."""
+#: So often a sparse step may give a batch back before a run stays with dense steps.
+_MOST_REFUSALS = 3
 
 
 @dataclass(frozen=True)
@@ -80,6 +61,8 @@ class Choice:
         sparse = None if self.sparse is None else SparseStep(self._ops())
         dense = DenseStep(self.dense_dtype) if self.dense else None
         crossover = calibration.crossover(self.kind, self.device, d_in, d_sae) if sparse and dense else None
+        if crossover is not None and self.sparse == "triton":
+            crossover = min(crossover, _MOST_DENSITY / _HYSTERESIS)  # denser steps it would only give back
         top_k = activation.selection.top_k
         density = None if top_k is None else top_k / d_sae
         return AdaptiveKernel(dense, sparse, crossover, density)
@@ -98,9 +81,9 @@ class Choice:
 
     @property
     def kind(self) -> str:
-        """Which cross-over applies: ``native-certified``, ``native-fp32``, ``torch``, ``triton`` or ``none``."""
-        if self.sparse == "native":
-            return "native-certified" if self.certified else "native-fp32"
+        """Which cross-over applies: ``native-certified``, ``triton-fp32``, …, ``torch`` or ``none``."""
+        if self.sparse in ("native", "triton"):
+            return f"{self.sparse}-{'certified' if self.certified else 'fp32'}"
         return self.sparse or "none"
 
 
@@ -158,7 +141,8 @@ def _cuda_choice(kernel: KernelOption, precision: PrecisionOption, device: torch
         raise UsageError(f"{option}: only on the CPU, and on CUDA with triton; leave it out or use --device cpu")
     if kernel == "sparse":
         return Choice("sparse", f"asked for; {triton}", device, "triton", certify, False, None)
-    if kernel == "auto" and has_triton and calibration.crossover("triton", device, 1, 1) is not None:
+    kind = f"triton-{'certified' if certify else 'fp32'}"
+    if kernel == "auto" and has_triton and calibration.crossover(kind, device, 1, 1) is not None:
         why = f"dense or sparse by density; {triton}; {dense} in dense steps"
         return Choice("auto", why, device, "triton", certify, True, matmul_dtype)
     if precision == "certified":
@@ -194,6 +178,7 @@ class AdaptiveKernel:
         assert dense or sparse
         self._dense, self._sparse = dense, sparse
         self._crossover = crossover
+        self._refused = 0
         # Before the first step about half of the features are active, unless the activation says otherwise.
         self._use_sparse = dense is None or (sparse is not None and density is not None and density < (crossover or 0))
 
@@ -216,13 +201,16 @@ class AdaptiveKernel:
         return chosen
 
     def backward(self, x: torch.Tensor, weights: Weights, into: GradientBuffer, **arguments: Any) -> Gradients:
-        """See `Kernel.backward`; afterwards chooses the next step's kernel from this one's density."""
+        """Loss terms and gradients, see `SparseStep.backward`; chooses the next step's kernel by this one's density."""
         try:
             gradients: Gradients = self._current().backward(x, weights, into, **arguments)
         except TooManyEntriesError:
             if self._dense is None:
                 raise
             self._use_sparse = False
+            self._refused += 1
+            if self._refused == _MOST_REFUSALS:
+                self._crossover = None  # it is always so, as where batch-top-k has to look at all that is positive
             gradients = self._dense.backward(x, weights, into, **arguments)
         if self._crossover is not None and len(x):
             density = float(gradients.result.l0.mean()) / len(weights.b_enc)

@@ -105,8 +105,12 @@ class TorchOps:
 
 
 def _csr(pointers: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    with warnings.catch_warnings():
-        # Said once per process: that CSR tensors are "in beta state".
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        # MKL takes 32-bit indices without a copy.
-        return torch.sparse_csr_tensor(pointers.int(), indices, values, shape, check_invariants=False)
+    # MKL takes 32-bit indices without a copy.
+    return torch.sparse_csr_tensor(pointers.int(), indices, values, shape, check_invariants=False)
+
+
+# torch says once per process that CSR tensors are "in beta state". It has said so then, and to nobody: filtering at
+# each use would not be safe where cells step side by side in threads.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    _csr(torch.zeros(2, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0), (1, 1))

@@ -164,8 +164,8 @@ class TritonOps:
                 (rounded.row_a, rounded.row_b, rounded.slack, self._shadow.norm, self._shadow.rest),
                 threshold,
             )
-        most = int(self._most_density * B * F)
-        assert most < 2**31  # places are 32-bit numbers in the kernels, which have no registers for more
+        # Places are 32-bit numbers in the kernels, which have no registers for more.
+        most = min(int(self._most_density * B * F), 2**31 - 1)
         while True:
             room = min(most, max(self._room, _ROOM_PER_ROW * B))
             row_ptr, cols, values = self._find(search, room)

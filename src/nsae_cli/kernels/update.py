@@ -20,11 +20,15 @@ class Gradients(Protocol):
 
     @property
     def b_enc(self) -> torch.Tensor:
-        """Gradient of b_enc [F]; a NaN or infinity in any gradient shows in this one or in b_dec's."""
+        """Gradient of b_enc [F]; a NaN or infinity in any gradient shows in a bias's or the threshold's."""
 
     @property
     def b_dec(self) -> torch.Tensor:
         """Gradient of b_dec [d]."""
+
+    @property
+    def log_threshold(self) -> torch.Tensor | None:
+        """Gradient of log_threshold [F]; None where there are no thresholds."""
 
     def full(self) -> Weights:
         """All gradients, in the buffer that `backward` was given."""

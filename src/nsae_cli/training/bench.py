@@ -8,6 +8,7 @@ counted. The learning rate is so small that L0 stays what it is.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import statistics
@@ -21,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nsae_cli.device import DeviceOption, choose_device, one_thread_if_small
 from nsae_cli.errors import UsageError
-from nsae_cli.kernels import calibration, certified
+from nsae_cli.kernels import calibration, certified, scratch
 from nsae_cli.kernels.native import library
 from nsae_cli.kernels.options import KernelOption, PrecisionOption
 from nsae_cli.kernels.select import Choice, choose
@@ -170,11 +171,17 @@ def bench(options: BenchOptions, reporter: Reporter) -> dict[str, Any]:
         raise UsageError(f"--l0 {options.l0}: more than 9 of 10 of --d-sae {options.d_sae}; give a smaller one")
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads or before)
+    product = options.batch_size * options.d_in * options.d_sae
     try:
         reporter.note(f"device {why}")
-        return calibrate(device, reporter) if options.calibrate else compare(options, device, reporter)
+        if options.calibrate:
+            return calibrate(device, reporter)
+        # As in training: small steps take one thread, unless a number is asked for.
+        with contextlib.nullcontext() if options.threads else one_thread_if_small(product, device):
+            return compare(options, device, reporter)
     finally:
         torch.set_num_threads(before)
+        scratch.clear()
 
 
 def compare(options: BenchOptions, device: torch.device, reporter: Reporter) -> dict[str, Any]:

@@ -136,7 +136,10 @@ class Cell:
 
     def _refuse_non_finite(self, gradients: Gradients, step: int) -> None:
         # b_dec's gradient sums every row's error, b_enc's every row's delta: a NaN or infinity anywhere reaches one.
+        # A threshold has no row of its own, and may be the only thing that is not finite.
         total = gradients.result.sq_error.sum() + gradients.b_dec.sum() + gradients.b_enc.sum()
+        if gradients.log_threshold is not None:
+            total = total + gradients.log_threshold.sum()
         if not bool(torch.isfinite(total)):
             raise NumericalError(
                 f"loss or gradient is not finite at step {step + 1} of {self.config.hook} ({self.config.act}, "

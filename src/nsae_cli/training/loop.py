@@ -14,6 +14,7 @@ import torch
 
 from nsae_cli.device import choose_device, one_thread_if_small
 from nsae_cli.errors import ResourceError
+from nsae_cli.kernels import scratch
 from nsae_cli.kernels.select import Choice, choose
 from nsae_cli.reporter import Reporter, SilentReporter
 from nsae_cli.store import commit
@@ -83,6 +84,8 @@ def train(
         raise ResourceError(
             f"out of memory on {device.type} while training; lower --batch-size or --d-sae or train fewer cells"
         ) from error
+    finally:
+        scratch.clear()
     return TrainResult(plan.name, artifacts, runs, already_complete=False)
 
 

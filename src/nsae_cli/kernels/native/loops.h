@@ -198,7 +198,7 @@ static int64_t NAME(keep_largest)(int32_t *cols, float *values, int64_t n, int64
    z [rows, F]: the product without bias, float32, or bfloat16 if bf16 ≠ 0. In bf16, every entry whose bound exceeds
    the threshold is computed anew in float32 from x [rows, d] and W_enc; only then compared.
    top_k = 0: entries with pre-activation > thresholds[row] (0 where thresholds is NULL).
-   top_k > 0: the top_k largest of those that are > 0. A guess of the row's threshold saves most of the work; it is
+   top_k > 0: the top_k largest of those. A guess of the row's threshold saves most of the work; it is
    lowered until enough are found, so the result does not depend on it.
    counts [rows] receives the number of entries of each row; cols and values, of `capacity` entries, the entries.
    scratch_cols, scratch_values hold F each. bias: of the test; bias_exact, norm, rest, row_a, row_b, row_slack:
@@ -220,7 +220,8 @@ EXPORT int64_t NAME(nsae_collect)(const void *z, int32_t bf16, int64_t rows, int
         float *v = values + used;
         const float *row_noise = noise ? noise + i * F : 0;
         const float *xi = x + i * d;
-        float least = thresholds ? thresholds[i] : (top_k ? guess : 0.0f);
+        const float floor = thresholds ? thresholds[i] : 0.0f;
+        float least = top_k && guess > floor ? guess : floor;
         int lowered = 0; /* a row may have fewer than top_k positive entries: then the last attempt is at 0 */
         int64_t n;
         for (;;) {
@@ -243,8 +244,8 @@ EXPORT int64_t NAME(nsae_collect)(const void *z, int32_t bf16, int64_t rows, int
             } else {
                 n = NAME(scan_f32)((const float *)z + i * F, bias, row_noise, least, F, c, v);
             }
-            if (!top_k || n >= top_k || least <= 0) break;
-            least = ++lowered < 10 ? least * 0.5f : 0.0f;
+            if (!top_k || n >= top_k || least <= floor) break;
+            least = ++lowered < 10 && least * 0.5f > floor ? least * 0.5f : floor;
         }
         if (top_k) {
             n = NAME(keep_largest)(c, v, n, top_k, scratch_cols, scratch_values);
@@ -561,14 +562,14 @@ EXPORT void NAME(nsae_update)(int64_t first, int64_t last, int64_t B, int64_t d,
 
 /* Entries from by-row to by-feature order; within a feature in the order of rows.
    col_ptr [F + 1] is filled; to_rows, to_delta, to_pull [nnz] receive row, delta and pull of each entry;
-   sum_delta[j] = Σ delta, sum_along[j] = Σ pull·dots over the feature's entries, in double, [F] (dots may be NULL). */
+   sum_delta[j] = Σ delta, sum_along[j] = Σ pull·dots over the feature's entries, in double, [F]. */
 EXPORT void NAME(nsae_by_feature)(int64_t B, int64_t F, const int64_t *row_ptr, const int32_t *cols,
                                   const float *delta, const float *pull, const float *dots, int64_t *col_ptr,
                                   int32_t *to_rows, float *to_delta, float *to_pull, double *sum_delta,
                                   double *sum_along) {
     memset(col_ptr, 0, sizeof(int64_t) * (F + 1));
     memset(sum_delta, 0, sizeof(double) * F);
-    if (dots) memset(sum_along, 0, sizeof(double) * F);
+    memset(sum_along, 0, sizeof(double) * F);
     for (int64_t q = 0; q < row_ptr[B]; q++) col_ptr[cols[q] + 1]++;
     for (int64_t j = 0; j < F; j++) col_ptr[j + 1] += col_ptr[j];
     /* col_ptr[j] runs to the end of feature j and is shifted back afterwards. */
@@ -580,7 +581,7 @@ EXPORT void NAME(nsae_by_feature)(int64_t B, int64_t F, const int64_t *row_ptr, 
             to_delta[to] = delta[q];
             to_pull[to] = pull[q];
             sum_delta[j] += delta[q];
-            if (dots) sum_along[j] += (double)pull[q] * dots[q];
+            sum_along[j] += (double)pull[q] * dots[q];
         }
     for (int64_t j = F; j > 0; j--) col_ptr[j] = col_ptr[j - 1];
     col_ptr[0] = 0;
