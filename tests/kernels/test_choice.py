@@ -139,7 +139,7 @@ def test_measured_crossovers_of_this_machine_come_first_and_the_nearest_shape_wi
     assert len(calibration.load_points()) == 3
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": 1}', '[{"machine": 3}]'])
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": 1}', '[{"machine": 3}]', BAD_TYPES])
 def test_a_damaged_cache_is_no_cache(text):
     calibration.cache_file().parent.mkdir(parents=True)
     calibration.cache_file().write_text(text)

@@ -59,7 +59,7 @@ class DenseGradients:
 
 
 class DenseStep:
-    """Callable with `reference.step_gradients`' signature, from any thread; steps of a thread share buffers (`scratch`).
+    """Callable with `reference.step_gradients`' signature, from any thread; a thread's steps share buffers (`scratch`).
 
     The same inputs give the same bits on one machine with one number of threads: blocks and the order of every sum
     depend on the shapes only.
