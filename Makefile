@@ -45,6 +45,7 @@ bench-setup: .venv-bench/peers.stamp
 bench: .venv-bench/peers.stamp
 	$(BENCH)/python benchmarks/bench_train_step.py
 	$(BENCH)/python benchmarks/bench_sparse_ops.py
+	$(BENCH)/python benchmarks/bench_grid.py
 	$(BENCH)/python benchmarks/bench_memory.py
 	$(BENCH)/python benchmarks/bench_collect.py
 	$(BENCH)/python benchmarks/bench_collect_peers.py

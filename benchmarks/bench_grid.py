@@ -1,6 +1,6 @@
 """A grid of six SAEs against one SAE: compute and reading.
 
-    python benchmarks/bench_grid.py                       # d_in 768, d_sae 3072, 100k rows; some minutes
+    python benchmarks/bench_grid.py                       # d_in 768, d_sae 1536, 50k rows; some minutes
     python benchmarks/bench_grid.py --d-sae 512 --d-in 64 --batch 512
 
 Both are `train()` as `nsae train` calls it, on the same synthetic store: one value of α, and six in one run. Measured
@@ -101,10 +101,10 @@ def main() -> None:
     """Measures, prints and appends a row."""
     parser = argparse.ArgumentParser(description="a grid of six against one SAE")
     parser.add_argument("--d-in", type=int, default=768)
-    parser.add_argument("--d-sae", type=int, default=3072)
+    parser.add_argument("--d-sae", type=int, default=1536)
     parser.add_argument("--batch", type=int, default=1024)
-    parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rows", type=int, default=50_000)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -114,7 +114,6 @@ def main() -> None:
         "batch_size": arguments.batch,
         "tokens": arguments.steps * arguments.batch,
         "buffer": 32_768,
-        "kernel": "sparse",
     }
     found: dict[int, list[Meter]] = {1: [], 6: []}
     with tempfile.TemporaryDirectory() as folder:
