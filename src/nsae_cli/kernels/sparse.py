@@ -120,12 +120,7 @@ class SparseStep:
         activation.scale_by_derivative_(delta, acts)
         columns = ops.by_feature(entries, len(weights.b_enc), delta, row_pull * acts, dots)
 
-        along = torch.zeros_like(weights.b_enc)
-        if norms is not None:
-            pull_of_norm = torch.zeros_like(norms, dtype=torch.float64)
-            pull_of_norm.index_add_(0, entries.cols, (row_sparsity * norm_slope).double())
-            # ∂‖d_i‖/∂d_i = d_i/‖d_i‖; a zero row has no direction and torch's own norm gives it gradient 0.
-            along = (pull_of_norm / norms.double().clamp_min(1e-30)).to(x.dtype)
+        along = torch.zeros_like(weights.b_enc) if norms is None else _along(norms, entries, row_sparsity * norm_slope)
         penalties = penalty.value(acts, norms_here)
         l1 = ops.row_sums(entries, acts)
         l0, fired = counts.to(x.dtype), columns.counts > 0
@@ -197,6 +192,15 @@ class SparseStep:
         wanted |= ties & (torch.cumsum(ties, 0) <= most - wanted.sum())  # the first in the order of rows and columns
         self._guess = 0.9 * float(least)
         return entries.keep(wanted)
+
+
+def _along(norms: torch.Tensor, entries: Entries, pull: torch.Tensor) -> torch.Tensor:
+    """(Σ pull)/‖d_j‖ over each feature's entries [F]: what a penalty on decoder norms [F] adds along d_j; pull: [E].
+
+    ∂‖d_j‖/∂d_j = d_j/‖d_j‖; a zero row has no direction, and torch's own norm gives it gradient 0.
+    """
+    sums = torch.zeros_like(norms, dtype=torch.float64).index_add_(0, entries.cols, pull.double())
+    return (sums / norms.double().clamp_min(1e-30)).to(norms.dtype)
 
 
 @dataclass
