@@ -11,8 +11,6 @@ store. The grid is to take at most six times the compute and exactly the reading
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import statistics
 import tempfile
 import time
@@ -29,6 +27,7 @@ from nsae_cli.training.loop import train
 from nsae_cli.training.options import TrainOptions
 from nsae_cli.training.source import StoreSource
 from nsae_cli.training.steps import StepLoop
+from record import append_rows, today
 
 CSV = Path(__file__).parent / "data" / "grid.csv"
 HOOK = "blocks.0.hook_resid_post"
@@ -126,16 +125,20 @@ def main() -> None:
     wall = statistics.median(six.wall / one.wall for one, six in zip(found[1], found[6], strict=True))
     reading = found[6][0].rows / found[1][0].rows
     print(f"six SAEs ÷ one: CPU {cpu:.2f}, wall {wall:.2f}, rows read {reading:.2f} ({found[1][0].rows:,})")
-    new = not CSV.exists()
-    with CSV.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if new:
-            head = "date,machine,nsae,d_in,d_sae,batch,steps,rounds,cpu_ratio,wall_ratio,rows_read_ratio"
-            writer.writerow(head.split(","))
-        date = datetime.datetime.now(datetime.UTC).date().isoformat()
-        row = [date, machine(torch.device("cpu")), nsae_cli.__version__, arguments.d_in, arguments.d_sae]
-        row += [arguments.batch, arguments.steps, arguments.rounds, f"{cpu:.3f}", f"{wall:.3f}", f"{reading:.3f}"]
-        writer.writerow(row)
+    row = {
+        "date": today(),
+        "machine": machine(torch.device("cpu")),
+        "nsae": nsae_cli.__version__,
+        "d_in": arguments.d_in,
+        "d_sae": arguments.d_sae,
+        "batch": arguments.batch,
+        "steps": arguments.steps,
+        "rounds": arguments.rounds,
+        "cpu_ratio": f"{cpu:.3f}",
+        "wall_ratio": f"{wall:.3f}",
+        "rows_read_ratio": f"{reading:.3f}",
+    }
+    append_rows(CSV, [row])
 
 
 if __name__ == "__main__":

@@ -173,6 +173,11 @@ def test_a_sparse_step_that_keeps_giving_batches_back_is_given_up():
         "dense"
     ] * 5  # asked, then taken by the dense one
     assert refusing.asked == 3
+    resumed = AdaptiveKernel(DenseStep(), refusing, crossover=0.2, density=0.01)
+    resumed.load_state(kernel.state())
+    assert step(resumed, 0.01) == "dense"
+    assert step(resumed, 0.01) == "dense"
+    assert refusing.asked == 3
 
 
 def test_the_gradients_memory_is_given_back_with_the_first_sparse_step():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from command import contents
 from hand_store import HOOK, HOOKS, make_rows, write_foreign, write_full
 from nsae_cli import interrupt, load_sae
 from nsae_cli.errors import ArtifactError, Interrupted, NumericalError, ResourceError, UsageError
@@ -20,15 +21,6 @@ from nsae_cli.store.shards import open_activations
 from nsae_cli.training.cell import Cell
 
 GRID = {"act": "relu,tanh-relu", "sinks": "keep,drop", "noise": "0.1", "layers": "all"}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Everything that must be equal between equal runs."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("timings.jsonl", "verified.jsonl")
-    }
 
 
 @pytest.fixture

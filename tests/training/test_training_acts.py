@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
+from command import contents
 from hand_store import HOOKS, make_rows, write_full
 from nsae_cli import interrupt, load_sae
 from nsae_cli.errors import Interrupted
@@ -18,14 +18,6 @@ from nsae_cli.training.threshold import BatchThreshold
 
 ACTS = ("topk", "batchtopk", "jumprelu")
 GRID = {"act": "relu,tanh-relu,topk,batchtopk,jumprelu", "k": "3", "bandwidth": "0.3", "dead_window": "128"}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("timings.jsonl", "verified.jsonl")
-    }
 
 
 @pytest.fixture

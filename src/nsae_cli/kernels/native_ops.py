@@ -15,6 +15,7 @@ from nsae_cli.kernels.adam import Adam
 from nsae_cli.kernels.certified import RELATIVE, RoundedRows, bias_of_test, round_rows
 from nsae_cli.kernels.entries import Columns, Entries
 from nsae_cli.kernels.native.library import NativeLibrary
+from nsae_cli.kernels.shadow import FollowedEncoder, feature_major
 from nsae_cli.kernels.types import Weights
 from nsae_cli.kernels.workers import in_parallel, ranges, split
 
@@ -34,34 +35,20 @@ _FEW_ENTRIES = 12
 _DECODERS = {"free": 0, "unit": 1, "bounded": 2}
 
 
-class EncoderShadow:
-    """The encoder in bfloat16 with each feature's parts of the bound; made anew when the weights have changed."""
+class EncoderShadow(FollowedEncoder):
+    """Made by the compiled loops."""
 
     def __init__(self, library: NativeLibrary) -> None:
+        super().__init__()
         self._library = library
-        self._of: tuple[torch.Tensor, int] | None = None
-        self.copy = torch.empty(0, dtype=torch.bfloat16)
-        self.norm = self.rest = torch.empty(0)
 
-    def is_of(self, W_enc: torch.Tensor) -> None:
-        """Says that the copy is that of W_enc as it is now."""
-        self._of = (W_enc, W_enc._version)  # every change in place counts the version up
-
-    def refresh(self, W_enc: torch.Tensor) -> None:
-        """Follows W_enc [d, F], unless it is the one that is followed already and has not changed."""
-        if self._of is not None and self._of[0] is W_enc and self._of[1] == W_enc._version:
-            return
-        encoder = _feature_major(W_enc)
+    def _fill(self, encoder: torch.Tensor) -> None:
         F, d = encoder.shape
-        if self.copy.shape != encoder.shape:
-            self.copy = torch.empty(F, d, dtype=torch.bfloat16)
-            self.norm, self.rest = torch.empty(F), torch.empty(F)
 
         def part(first: int, last: int) -> None:
             self._library.call("shadow", first, last, d, encoder, self.copy, self.norm, self.rest)
 
         in_parallel(part, split(F, torch.get_num_threads()))
-        self.is_of(W_enc)
 
 
 class NativeOps:
@@ -97,7 +84,7 @@ class NativeOps:
                 assert tensor.is_contiguous(), "the compiled loops read whole rows"
                 assert tensor.dtype == torch.float32, "the compiled loops read float32"
         B, F = x.shape[0], b_enc.shape[0]
-        encoder = _feature_major(weights.W_enc)
+        encoder = feature_major(weights.W_enc)
         rounded: RoundedRows | None = None
         test_bias = b_enc
         if self._shadow is not None:
@@ -181,7 +168,7 @@ class NativeOps:
         B, d = x.shape
         chunk = self._chunk or _chunk(columns, x)
         x_packed, error_packed = self._packed("x", x, chunk), self._packed("error", error, chunk)
-        grad_enc = _feature_major(gradients.W_enc)
+        grad_enc = feature_major(gradients.W_enc)
 
         def part(first: int, last: int) -> None:
             self._library.call(
@@ -216,11 +203,11 @@ class NativeOps:
         B, d = x.shape
         chunk = self._chunk or _chunk(columns, x)
         x_packed, error_packed = self._packed("x", x, chunk), self._packed("error", error, chunk)
-        encoder = _feature_major(weights.W_enc)
+        encoder = feature_major(weights.W_enc)
         first_moment, second_moment = adam.moments()
         moments = (
-            _feature_major(first_moment.W_enc),
-            _feature_major(second_moment.W_enc),
+            feature_major(first_moment.W_enc),
+            feature_major(second_moment.W_enc),
             first_moment.W_dec,
             second_moment.W_dec,
         )
@@ -324,10 +311,3 @@ def _chunk(columns: Columns, x: torch.Tensor) -> int:
     few = len(columns.rows) < _FEW_ENTRIES * (len(columns.col_ptr) - 1)
     whole = few or 2 * x.numel() * x.element_size() <= _CACHE_BYTES
     return -(-x.shape[1] // _CHUNK) * _CHUNK if whole else _CHUNK
-
-
-def _feature_major(W_enc: torch.Tensor) -> torch.Tensor:
-    """[d, F] with the features outermost in memory → [F, d] contiguous, no copy."""
-    by_feature = W_enc.t()
-    assert by_feature.is_contiguous(), "W_enc has to be laid out by feature: Weights.by_feature()"
-    return by_feature

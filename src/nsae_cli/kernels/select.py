@@ -209,10 +209,9 @@ class AdaptiveKernel:
                 raise
             self._use_sparse = False
             self._refused += 1
-            if self._refused == _MOST_REFUSALS:
-                self._crossover = None  # it is always so, as where batch-top-k has to look at all that is positive
             gradients = self._dense.backward(x, weights, into, **arguments)
-        if self._crossover is not None and len(x):
+        # One that keeps giving batches back always does, as where batch-top-k has to look at all that is positive.
+        if self._crossover is not None and len(x) and self._refused < _MOST_REFUSALS:
             density = float(gradients.result.l0.mean()) / len(weights.b_enc)
             if self._use_sparse and density > self._crossover * _HYSTERESIS:
                 self._use_sparse = False
@@ -224,10 +223,15 @@ class AdaptiveKernel:
     def state(self) -> dict[str, torch.Tensor]:
         """What the next step's choice depends on, for a checkpoint: a resumed run goes on with the same kernel."""
         crossover = torch.tensor(self._crossover or 0.0, dtype=torch.float64)
-        return {"sparse": torch.tensor(self._use_sparse), "crossover": crossover}
+        return {
+            "sparse": torch.tensor(self._use_sparse),
+            "crossover": crossover,
+            "refused": torch.tensor(self._refused),
+        }
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Goes on from `state()`, as far as this installation has the kernels: else it keeps to its own."""
         if self._crossover is not None and float(state["crossover"]) > 0:
             self._use_sparse = bool(state["sparse"])
             self._crossover = float(state["crossover"])
+            self._refused = int(state["refused"])

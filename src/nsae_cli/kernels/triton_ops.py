@@ -28,6 +28,7 @@ import triton
 from nsae_cli.kernels.adam import Adam
 from nsae_cli.kernels.certified import RELATIVE, round_rows
 from nsae_cli.kernels.entries import Columns, Entries, TooManyEntriesError
+from nsae_cli.kernels.shadow import FollowedEncoder, feature_major
 from nsae_cli.kernels.triton_kernels import features, find
 from nsae_cli.kernels.triton_kernels import rows as rowwise
 from nsae_cli.kernels.types import Weights
@@ -57,29 +58,12 @@ _FUSED = {"enable_fp_fusion": True}
 _CONSTRAINTS = {"free": 0, "unit": 1, "bounded": 2}
 
 
-class _Shadow:
-    """The encoder in bfloat16 with each feature's parts of the bound; made anew when the weights have changed."""
+class _Shadow(FollowedEncoder):
+    """Made on the device."""
 
-    def __init__(self) -> None:
-        self._of: tuple[torch.Tensor, int] | None = None
-        self.copy = torch.empty(0, dtype=torch.bfloat16)
-        self.norm = self.rest = torch.empty(0)
-
-    def is_of(self, W_enc: torch.Tensor) -> None:
-        """Says that the copy is that of W_enc as it is now."""
-        self._of = (W_enc, W_enc._version)
-
-    def refresh(self, W_enc: torch.Tensor) -> None:
-        """Follows W_enc [d, F], unless it is the one that is followed already and has not changed."""
-        if self._of is not None and self._of[0] is W_enc and self._of[1] == W_enc._version:
-            return
-        encoder = _feature_major(W_enc)
+    def _fill(self, encoder: torch.Tensor) -> None:
         F, d = encoder.shape
-        if self.copy.shape != encoder.shape or self.copy.device != encoder.device:
-            self.copy = torch.empty(F, d, dtype=torch.bfloat16, device=encoder.device)
-            self.norm, self.rest = encoder.new_empty(F), encoder.new_empty(F)
         features.shadow[(F,)](encoder, *self.parts(d), BD=_width(d), num_warps=_warps(d), **_FUSED)
-        self.is_of(W_enc)
 
     def parts(self, d: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, float, float]:
         """What a kernel takes that writes the copy."""
@@ -151,7 +135,7 @@ class TritonOps:
         assert noise is None or noise.is_contiguous()
         if top_k is not None and top_k < F:
             return _largest(x, weights, b_enc, noise, threshold, top_k)
-        encoder = _feature_major(weights.W_enc)
+        encoder = feature_major(weights.W_enc)
         search = _Search(x, encoder, b_enc, noise, (None,) * 5, threshold)
         if self._shadow is not None:
             self._shadow.refresh(weights.W_enc)
@@ -296,7 +280,7 @@ class TritonOps:
         features.gradients[(len(along),)](
             *(columns.col_ptr, columns.rows, columns.delta, columns.pull, x, error),
             *self._frequent(columns, x, error),
-            *(along, weights.W_dec, _feature_major(gradients.W_enc), gradients.W_dec, d),
+            *(along, weights.W_dec, feature_major(gradients.W_enc), gradients.W_dec, d),
             **_blocks(d),
         )
         # Written behind torch's back.
@@ -322,8 +306,8 @@ class TritonOps:
         features.update[(len(along),)](
             *(columns.col_ptr, columns.rows, columns.delta, columns.pull, x, error),
             *self._frequent(columns, x, error),
-            *(along, _feature_major(weights.W_enc), weights.W_dec),
-            *(_feature_major(first.W_enc), _feature_major(second.W_enc), first.W_dec, second.W_dec),
+            *(along, feature_major(weights.W_enc), weights.W_dec),
+            *(feature_major(first.W_enc), feature_major(second.W_enc), first.W_dec, second.W_dec),
             *adam.numbers(lr),
             *(copy, norm, rest, round_up, smallest, d),
             CONSTRAINT=_CONSTRAINTS[decoder],
@@ -406,10 +390,3 @@ def _blocks(d: int) -> dict[str, Any]:
     """Launch options of a kernel that holds blocks [entries, d]."""
     width = _width(d)
     return {"BD": width, "BE": max(1, min(16, _BLOCK_ELEMENTS // width)), "num_warps": _warps(d), **_FUSED}
-
-
-def _feature_major(W_enc: torch.Tensor) -> torch.Tensor:
-    """[d, F] with the features outermost in memory → [F, d] contiguous, no copy."""
-    by_feature = W_enc.t()
-    assert by_feature.is_contiguous(), "W_enc has to be laid out by feature: Weights.by_feature()"
-    return by_feature
