@@ -12,8 +12,6 @@ faster than what installs without a compiler anyhow. numba's functions are the s
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import statistics
 import time
 from collections.abc import Callable
@@ -29,6 +27,7 @@ from nsae_cli.kernels.native_ops import NativeOps
 from nsae_cli.kernels.torch_ops import TorchOps
 from nsae_cli.kernels.types import Weights
 from nsae_cli.training.bench import Synthetic
+from record import append_rows, today
 
 CSV = Path(__file__).parent / "data" / "sparse_ops.csv"
 OPERATIONS = ("scan", "decode", "gradients")
@@ -186,40 +185,35 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     d_in, d_sae, batch = map(int, arguments.shape.split(","))
-    new = not CSV.exists()
-    with CSV.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if new:
-            head = (
-                "date,machine,nsae,d_in,d_sae,batch,density,side,operation,rounds,median_cpu_s,times_as_fast_as_dense"
-            )
-            writer.writerow(head.split(","))
-        for density in arguments.density or DENSITIES:
-            operations, found = sides(Synthetic.make(d_in, d_sae, batch, density * d_sae, torch.device("cpu")))
-            medians = {key: statistics.median(v) for key, v in measure(operations, arguments.rounds).items()}
-            for (side, name), seconds in medians.items():
-                ratio = medians["dense products", name] / seconds
-                date = datetime.datetime.now(datetime.UTC).date().isoformat()
-                row = [
-                    date,
-                    machine(torch.device("cpu")),
-                    nsae_cli.__version__,
-                    d_in,
-                    d_sae,
-                    batch,
-                    f"{found:.4f}",
-                    side,
-                    name,
-                ]
-                writer.writerow([*row, arguments.rounds, f"{seconds:.5f}", f"{ratio:.2f}"])
-            print(
-                f"density {found:.2%}, times as fast as the dense operations (scan, decode, gradients, the last two):"
-            )
-            for side in operations:
-                here = [medians[side, name] for name in OPERATIONS]
-                dense = [medians["dense products", name] for name in OPERATIONS]
-                ratios = [d / h for d, h in zip(dense, here, strict=True)] + [sum(dense[1:]) / sum(here[1:])]
-                print(f"  {side:16}" + "".join(f"{ratio:8.1f}" for ratio in ratios), flush=True)
+    for density in arguments.density or DENSITIES:
+        operations, found = sides(Synthetic.make(d_in, d_sae, batch, density * d_sae, torch.device("cpu")))
+        medians = {key: statistics.median(v) for key, v in measure(operations, arguments.rounds).items()}
+        append_rows(
+            CSV,
+            [
+                {
+                    "date": today(),
+                    "machine": machine(torch.device("cpu")),
+                    "nsae": nsae_cli.__version__,
+                    "d_in": d_in,
+                    "d_sae": d_sae,
+                    "batch": batch,
+                    "density": f"{found:.4f}",
+                    "side": side,
+                    "operation": name,
+                    "rounds": arguments.rounds,
+                    "median_cpu_s": f"{seconds:.5f}",
+                    "times_as_fast_as_dense": f"{medians['dense products', name] / seconds:.2f}",
+                }
+                for (side, name), seconds in medians.items()
+            ],
+        )
+        print(f"density {found:.2%}, times as fast as the dense operations (scan, decode, gradients, the last two):")
+        for side in operations:
+            here = [medians[side, name] for name in OPERATIONS]
+            dense = [medians["dense products", name] for name in OPERATIONS]
+            ratios = [d / h for d, h in zip(dense, here, strict=True)] + [sum(dense[1:]) / sum(here[1:])]
+            print(f"  {side:16}" + "".join(f"{ratio:8.1f}" for ratio in ratios), flush=True)
 
 
 if __name__ == "__main__":
