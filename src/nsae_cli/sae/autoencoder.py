@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from nsae_cli.kernels.selection import row_top_k
 from nsae_cli.kernels.types import Weights
 from nsae_cli.sae.nonlinearity import JumpRelu, Nonlinearity, is_homogeneous, make_nonlinearity
+
+
+class Autoencoder(Protocol):
+    """What measurements need of an autoencoder: one of nsae's own, or one from elsewhere that computes otherwise."""
+
+    @property
+    def d_in(self) -> int: ...
+
+    @property
+    def d_sae(self) -> int: ...
+
+    def reconstruct(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """acts ≥ 0 [..., d_sae] and x̂ [..., d_in] of raw x [..., d_in]."""
 
 
 @dataclass
@@ -62,6 +76,11 @@ class SparseAutoencoder:
     def decode(self, acts: torch.Tensor) -> torch.Tensor:
         """x̂ [..., d_in] of acts [..., d_sae]."""
         return acts @ self.weights.W_dec + self.weights.b_dec
+
+    def reconstruct(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """acts [..., d_sae] and x̂ [..., d_in] of x [..., d_in]."""
+        acts = self.encode(x)
+        return acts, self.decode(acts)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x̂ [..., d_in] of x [..., d_in]."""

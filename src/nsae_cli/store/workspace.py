@@ -26,6 +26,7 @@ class Kind(Enum):
     NORMS = ("norms", "norms.json", "norms")
     SAE = ("saes", "run.json", "train")
     TOP_NORMS = ("top-norms", "top_norms.json", "analyze-top-norms")
+    EVAL = ("evals", "eval.json", "eval")
 
     def __init__(self, folder: str, mark: str, command: str) -> None:
         self.folder = folder
