@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nsae_cli.metrics.norm_bias import NormBiasIndex, paired_difference
 
-CONTEXTS, PER_CONTEXT = 60, 16
+CONTEXTS, PER_CONTEXT = 200, 16
 
 
 def index_of(context: Tensor, norm: Tensor, rho: Tensor) -> NormBiasIndex:
@@ -52,14 +52,15 @@ def test_the_sums_of_each_context() -> None:
 
 def test_a_constructed_difference_lies_in_its_interval_about_as_often_as_it_says() -> None:
     inside = 0
-    for seed in range(60):
+    for seed in range(100):
         a, b = error_laws(0.4, 1.1, seed)
         found = difference(a, b, resamples=400)
         assert found["nbi_rel"] == pytest.approx(a.compute(10)["nbi"] - b.compute(10)["nbi"])  # type: ignore[operator]
         inside += found["low"] < -0.7 < found["high"]  # type: ignore[operator]
-    assert 53 <= inside <= 60  # of a coverage of 95 % fewer than 53 come once in 100 times, and wide intervals give 60
+    # With a coverage of 95 %, fewer than 90 come once in 100 times. (With 60 contexts it is 92.5 %: too few to resample.)
+    assert 90 <= inside < 100
     a, b = error_laws(0.4, 1.1)
-    assert difference(a, b)["high"] - difference(a, b)["low"] < 0.06  # type: ignore[operator]
+    assert difference(a, b)["high"] - difference(a, b)["low"] < 0.04  # type: ignore[operator]
 
 
 def test_pairing_cancels_what_the_contexts_have_in_common() -> None:
