@@ -57,7 +57,7 @@ def test_a_constructed_difference_lies_in_its_interval_about_as_often_as_it_says
         found = difference(a, b, resamples=400)
         assert found["nbi_rel"] == pytest.approx(a.compute(10)["nbi"] - b.compute(10)["nbi"])  # type: ignore[operator]
         inside += found["low"] < -0.7 < found["high"]  # type: ignore[operator]
-    # With a coverage of 95 %, fewer than 90 come once in 100 times. (With 60 contexts it is 92.5 %: too few to resample.)
+    # With a coverage of 95 %, fewer than 90 come once in 100 times. (60 contexts are few: 92.5 %.)
     assert 90 <= inside < 100
     a, b = error_laws(0.4, 1.1)
     assert difference(a, b)["high"] - difference(a, b)["low"] < 0.04  # type: ignore[operator]
