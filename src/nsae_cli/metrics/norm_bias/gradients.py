@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from nsae_cli.kernels.types import RowGradients
+from nsae_cli.kernels.types import RowGradients, in_memory_order
 from nsae_cli.metrics.groups import ALL, N_GROUPS, Scoped, group_sums, per_scope
 from nsae_cli.metrics.undefined import ratio
 
@@ -140,11 +140,24 @@ def group_gradient_projection(
     Returns:
         One number per group; None where g_b is None, or all None if g = 0.
     """
-    total_sq = _inner(total, total)
+    total_sq = squared_norm(total)
     return [None if g is None else ratio(_inner(g, total), total_sq) for g in group_gradients]
 
 
+def squared_norm(gradients: Mapping[str, Tensor]) -> float:
+    """‖g‖² over all parameters."""
+    return _inner(gradients, gradients)
+
+
 def _inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """Σ a·b over all parameters: along the last axis in memory in their own dtype, the rest in float64."""
     if a.keys() != b.keys():
         raise ValueError(f"gradients of {sorted(a)} cannot be compared with gradients of {sorted(b)}")
-    return sum(torch.dot(a[name].double().flatten(), b[name].double().flatten()).item() for name in a)
+    total = 0.0
+    for name, tensor in a.items():
+        x, y = in_memory_order(tensor), in_memory_order(b[name])
+        if x.shape != y.shape:  # laid out differently
+            x, y = tensor, b[name]
+        products = torch.linalg.vecdot(x, y) if x.ndim > 1 else x.double() * y.double()
+        total += products.double().sum().item()
+    return total
