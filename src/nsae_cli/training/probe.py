@@ -5,7 +5,8 @@ The rows are the first held-out ones of the hook, so a resumed run finds the sam
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from nsae_cli.kernels.adam import BETAS
 from nsae_cli.kernels.decoder import remove_parallel_component_
 from nsae_cli.kernels.dense import DenseStep
-from nsae_cli.kernels.types import Activation, Weights
+from nsae_cli.kernels.types import Activation, StepResult, Weights
 from nsae_cli.metrics.groups import N_GROUPS, SINKS
 from nsae_cli.metrics.norm_bias import AdamSinkShare, group_gradient_projection, squared_norm
 from nsae_cli.metrics.training_batch import by_group_name
@@ -28,6 +29,11 @@ from nsae_cli.training.schedule import is_probed, ramp
 
 #: A probe has a quarter of a batch's rows, within these limits.
 _FEWEST_ROWS, _MOST_ROWS = 256, 1024
+
+
+def probe_rows(batch_size: int) -> int:
+    """How many rows a probe has beside batches of this size."""
+    return min(_MOST_ROWS, max(_FEWEST_ROWS, batch_size // 4))
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,13 @@ class ProbedGradient:
 
 @torch.no_grad()
 def probe_gradient(
-    rows: HookRows, weights: Weights, objective: Objective, activation: Activation, beta: float, unit_decoder: bool
+    rows: HookRows,
+    weights: Weights,
+    objective: Objective,
+    activation: Activation,
+    beta: float,
+    unit_decoder: bool,
+    step: Callable[..., StepResult] | None = None,
 ) -> ProbedGradient:
     """The gradient of the mean loss over the rows, in all parameters, after projection and before clipping.
 
@@ -58,43 +70,49 @@ def probe_gradient(
         activation: as trained or as saved.
         beta: β of the penalty, in scaled units.
         unit_decoder: whether W_dec's gradient is projected.
+        step: what to compute gradients with, of `reference.step_gradients`' signature; None for dense steps.
     """
-    step = DenseStep()
+    step = step or DenseStep()
 
-    def gradient(part: HookRows) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    def gradient(part: HookRows, weights: Weights, into: Weights) -> StepResult:
         error_weight, sparsity_weight = objective.row_weights(part.norm, part.zero)
-        gradients = weights.zeros_like()
-        result = step(
+        return step(
             part.x.float() * objective.input_scale,
             weights,
-            gradients,
+            into,
             activation=activation,
             penalty=objective.penalty,
             error_weight=error_weight / len(rows.norm),
             sparsity_weight=sparsity_weight * (beta / len(rows.norm)),
         )
-        if unit_decoder:
-            remove_parallel_component_(gradients.W_dec, weights.W_dec)
-        return gradients.named(), result.least_act
 
-    total, least_act = gradient(rows)
+    total, part = weights.zeros_like(), weights.zeros_like()
+    least_act = gradient(rows, weights, total).least_act
+    if unit_decoder:
+        remove_parallel_component_(total.W_dec, weights.W_dec)
+    whole = total.named()
+    total_sq = squared_norm(whole)
     if least_act is not None:  # what is selected depends on the whole batch: its parts get the same threshold
-        threshold = torch.nextafter(least_act, least_act.new_zeros(()))
-        thresholds = torch.full_like(weights.b_enc, float(threshold)).log()
-        weights = Weights(weights.W_enc, weights.b_enc, weights.W_dec, weights.b_dec, thresholds)
+        threshold = torch.nextafter(least_act, torch.zeros_like(least_act))
+        weights = dataclasses.replace(weights, log_threshold=torch.full_like(weights.b_enc, float(threshold)).log())
+        part.log_threshold = torch.zeros_like(weights.b_enc)
         activation = JumpRelu.fixed()
     projections: list[float | None] = []
     sinks_sq = None
     for group in range(N_GROUPS):
         # One group at a time: a gradient is as large as the SAE.
         of_group = rows.select(rows.group == group)
-        part = gradient(of_group)[0] if len(of_group.norm) else None
-        if part is not None:
-            part = {name: part[name] for name in total}
-            if group == SINKS:
-                sinks_sq = squared_norm(part)
-        projections += group_gradient_projection([part], total)
-    return ProbedGradient(projections, squared_norm(total), sinks_sq)
+        if not len(of_group.norm):
+            projections.append(None)
+            continue
+        gradient(of_group, weights, part)
+        found = {name: part.named()[name] for name in whole}
+        projections += group_gradient_projection([found], whole, total_sq)
+        if group == SINKS:
+            if unit_decoder:
+                remove_parallel_component_(part.W_dec, weights.W_dec)
+            sinks_sq = squared_norm(found)
+    return ProbedGradient(projections, total_sq, sinks_sq)
 
 
 class CellProbe:
@@ -117,7 +135,9 @@ class CellProbe:
         objective = cell.objective
         beta = objective.beta_scaled * ramp(step, cell.config.steps, cell.config.alpha_warm_up)
         unit = cell.config.decoder == "unit"
-        found = probe_gradient(self._rows, cell.weights, objective, objective.nonlinearity, beta, unit)
+        found = probe_gradient(
+            self._rows, cell.weights, objective, objective.nonlinearity, beta, unit, cell.kernel.gradients
+        )
         if found.sinks_sq is not None:
             self._sinks.update(found.sinks_sq, found.total_sq, step - self._last_step)
         self._last_step = step
@@ -146,7 +166,7 @@ def make_probes(
     plan: TrainPlan, cells: Mapping[str, Cell], profiles: Mapping[str, HookProfile], device: torch.device
 ) -> dict[str, CellProbe]:
     """A probe for each cell. Cells of one hook share their rows, but for those that leave sinks out."""
-    wanted = min(_MOST_ROWS, max(_FEWEST_ROWS, plan.batch_size // 4))
+    wanted = probe_rows(plan.batch_size)
     rows: dict[tuple[str, str], HookRows | None] = {}
     probes = {}
     for name, cell in cells.items():

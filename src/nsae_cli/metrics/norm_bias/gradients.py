@@ -126,21 +126,23 @@ class GradShare:
 
 
 def group_gradient_projection(
-    group_gradients: Sequence[Mapping[str, Tensor] | None], total: Mapping[str, Tensor]
+    group_gradients: Sequence[Mapping[str, Tensor] | None], total: Mapping[str, Tensor], total_sq: float | None = None
 ) -> list[float | None]:
     """G_b = ⟨g_b, g⟩ / ‖g‖² for each group's gradient g_b; ΣG_b = 1 where the g_b add up to g.
 
     A negative G_b: the group's rows pull against the step that is taken.
 
     Args:
-        group_gradients: per group the gradients by parameter name of its rows' part of the batch loss, after the
-            decoder's projection and before clipping; None for a group without rows.
-        total: g, the gradients of the whole batch loss by the same names.
+        group_gradients: per group the gradients by parameter name of its rows' part of the batch loss, before clipping;
+            None for a group without rows. Whether the decoder's projection was taken of them does not matter: what it
+            removes is perpendicular to the projected whole.
+        total: g, the gradients of the whole batch loss by the same names, after the projection.
+        total_sq: ‖g‖², where it is known already.
 
     Returns:
         One number per group; None where g_b is None, or all None if g = 0.
     """
-    total_sq = squared_norm(total)
+    total_sq = squared_norm(total) if total_sq is None else total_sq
     return [None if g is None else ratio(_inner(g, total), total_sq) for g in group_gradients]
 
 
