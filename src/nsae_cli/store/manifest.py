@@ -104,7 +104,7 @@ def describe_alterations(manifest: Manifest) -> str | None:
         return None
     texts = []
     for change in manifest.altered:
-        how = f"seed {change.get('seed')}" if "seed" in change else f"k = {change.get('k')}"
+        how = f"seed {change.get('seed')}" if "seed" in change else f"k = {change.get('k'):g}"
         texts.append(f"{change.get('change')} ({how}) of {change.get('activations')}")
     return "norms were altered: " + ", then ".join(texts)
 
