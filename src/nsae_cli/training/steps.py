@@ -11,13 +11,15 @@ import torch
 from nsae_cli import interrupt
 from nsae_cli.errors import Interrupted
 from nsae_cli.reporter import Reporter, Task
-from nsae_cli.store.batches import Batch
+from nsae_cli.store.batches import Batch, HookRows
 from nsae_cli.training.cell import Cell
 from nsae_cli.training.cell_pool import CellPool
 from nsae_cli.training.checkpoint import Checkpoint
+from nsae_cli.training.evaluate import evaluation_batch
+from nsae_cli.training.l0_control import compared_after
 from nsae_cli.training.plan import TrainPlan
 from nsae_cli.training.records import MetricsLog, log_interval, step_record
-from nsae_cli.training.setup import initialise_cells, stream_key
+from nsae_cli.training.setup import HeldOutSample, initialise_cells, stream_key
 from nsae_cli.training.source import StreamKey, TrainingStream
 
 
@@ -33,7 +35,9 @@ class StepLoop:
         pool: CellPool,
         checkpoint_every: str | int,
         reporter: Reporter,
+        held_out: HeldOutSample,
     ) -> None:
+        self._held_out = held_out
         self._plan, self._cells, self._streams = plan, cells, streams
         self._device, self._pool, self._reporter = device, pool, reporter
         self._clock = _CheckpointClock(checkpoint_every)
@@ -73,11 +77,12 @@ class StepLoop:
                 if step > first_step and self._clock.due(step):
                     self._save(step)
                 try:
+                    compared = self._rows_to_compare(step)
                     taken = self._take(batches)
                 except Interrupted as stopped:
                     raise self._stopped(step, stopped.signum) from stopped
                 log_now = (step + 1) % interval == 0 or step + 1 == plan.steps
-                self._step(taken, step, log_now, task)
+                self._step(taken, compared, step, log_now, task)
                 task.advance(plan.batch_size)
         self._save(plan.steps)
 
@@ -100,11 +105,27 @@ class StepLoop:
             name: self._streams[stream_key(cell.config)].state() for name, cell in self._cells.items()
         }
 
-    def _step(self, taken: dict[StreamKey, Batch], step: int, log_now: bool, task: Task) -> None:
+    def _rows_to_compare(self, step: int) -> dict[str, HookRows]:
+        """Held-out rows of the hooks of cells with a target for L0, where these are compared after `step`."""
+        if not compared_after(step, self._plan.steps):
+            return {}
+        hooks = {cell.config.hook for cell in self._cells.values() if cell.control is not None}
+        return {hook: rows for hook in sorted(hooks) if (rows := self._held_out.of(hook)) is not None}
+
+    def _step(
+        self,
+        taken: dict[StreamKey, Batch],
+        compared: dict[str, HookRows],
+        step: int,
+        log_now: bool,
+        task: Task,
+    ) -> None:
         def advance(name: str) -> dict[str, Any] | None:
             cell = self._cells[name]
             rows = taken[stream_key(cell.config)][cell.config.hook]
             log = cell.train_step(rows, step)
+            if cell.config.hook in compared:
+                cell.compare_held_out(compared[cell.config.hook], evaluation_batch(cell.config.d_sae))
             if not log_now:
                 return None
             record = step_record(cell, rows, log, step)
