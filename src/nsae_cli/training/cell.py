@@ -97,12 +97,13 @@ class Cell:
             return start
         return dataclasses.replace(start, beta=start.beta * (alpha / self.config.alpha))  # β ∝ α, whatever the rule
 
-    def train_step(self, rows: HookRows, step: int) -> StepLog:
+    def train_step(self, rows: HookRows, step: int, held_out: HookRows | None = None) -> StepLog:
         """One optimizer step on a batch.
 
         Args:
             rows: the batch, on the training device.
             step: 0-based number of this step.
+            held_out: rows to compare the batch's L0 with, for the control of L0; on the training device.
 
         Raises:
             NumericalError: loss or gradient is not finite; the weights are still those before the step.
@@ -141,7 +142,7 @@ class Cell:
         self._refuse_non_finite(gradients, step)
         lr = learning_rate(step, config.steps, config.lr, config.lr_warm_up, config.lr_decay)
         if control is not None and ramped == 1:
-            self._control_l0(control, x, rows, result, step, lr / config.lr)
+            self._control_l0(control, x, rows, result, step, lr / config.lr, held_out)
         self._updater.step(gradients, lr)
         self.window.update(result.fired, len(rows.norm))
         if self._threshold is not None:
@@ -151,23 +152,25 @@ class Cell:
         return StepLog(result, x, error_weight, sparsity_weight, alpha * ramped, lr)
 
     def _control_l0(
-        self, control: L0Control, x: torch.Tensor, rows: HookRows, result: StepResult, step: int, lr_share: float
+        self,
+        control: L0Control,
+        x: torch.Tensor,
+        rows: HookRows,
+        result: StepResult,
+        step: int,
+        lr_share: float,
+        held_out: HookRows | None,
     ) -> None:
-        """Shows the control a batch's L0, at the weights before this step's update."""
+        """Shows the control a batch's L0, and that of held-out rows, at the weights before this step's update."""
         every = NOISE_FREE_EVERY if self.config.noise else 1
-        if step % every:
+        if step % every and held_out is None:
             return
         mean = mean_l0(noise_free_l0(x, self.weights) if self.config.noise else result.l0, rows)
-        if mean == mean:  # NaN: the batch has no non-sink row
+        if held_out is not None:
+            scaled = held_out.x.to(torch.float32) * self._start_objective.input_scale
+            control.compare(mean, mean_l0(noise_free_l0(scaled, self.weights), held_out))
+        if step % every == 0 and mean == mean:  # NaN: the batch has no non-sink row
             control.update(mean, lr_share * every)
-
-    def compare_held_out(self, rows: HookRows, batch_size: int) -> None:
-        """Shows the control the L0 of held-out rows (on the training device), so many at a time; see `L0Control`."""
-        if self.control is None:
-            return
-        scale = self._start_objective.input_scale
-        counts = [noise_free_l0(x.to(torch.float32) * scale, self.weights) for x in torch.split(rows.x, batch_size)]
-        self.control.compare(mean_l0(torch.cat(counts), rows))
 
     def _noise(self, rows: int, step: int) -> torch.Tensor | None:
         """Gaussian noise on pre-activations; a function of (seed, step), so that resuming needs no random state."""

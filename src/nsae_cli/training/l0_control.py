@@ -18,11 +18,13 @@ TOLERANCE = 0.02
 ALPHA_RANGE = 1e4
 #: With noise on pre-activations the noise-free L0 costs a product of its own, so it is taken every so many steps.
 NOISE_FREE_EVERY = 4
-#: After which shares of the steps training rows and held-out rows are compared.
-COMPARED_AT = (0.5, 0.7, 0.85, 0.95)
+#: Training rows are compared with held-out rows so many times in a run, from this share of the steps on.
+_COMPARISONS, _COMPARED_FROM = 100, 0.4
+#: Held-out rows of one comparison, about; the next one takes others.
+_COMPARED_ROWS = 4096
 
-#: Weight of the newest batch in the running mean of training rows' L0.
-_NEWEST = 1 / 64
+#: Weight of the newest comparison, once there were as many; the first few are not believed yet.
+_NEWEST, _FEW = 1 / 32, 8
 _TINY_L0 = 1e-6
 
 
@@ -64,10 +66,10 @@ class L0Control:
     α's warm-up comes first: the control begins where the warm-up ends. L0 falls from half of all features during it,
     and an error taken then would say nothing about α.
 
-    A finite set of held-out rows has another mean L0 than the training rows, by chance (1.5 % with 117 contexts) and by
-    overfitting. `shift` is the log of held-out over training L0, measured a few times (`COMPARED_AT`) with the same
-    weights, so that the SAE meets its target on the rows on which it will be judged and compared. That number is all
-    that held-out rows tell training.
+    A finite set of held-out rows has another mean L0 than the training rows, by chance (a standard error of 1.5 % with
+    117 contexts) and by overfitting. `shift` is the log of held-out over training L0, an average over many pairs taken
+    with the same weights, so that the SAE meets its target on the rows on which it will be judged and compared. That
+    number is all that held-out rows tell training.
 
     Args:
         target: wanted mean L0.
@@ -80,8 +82,8 @@ class L0Control:
         self._low, self._high = (math.log(alpha) + side * math.log(ALPHA_RANGE) for side in (-1, 1))
         self._log_found = math.log(alpha)
         self._error = 0.0
-        self._shift = 0.0
-        self._mean = math.nan
+        self._means = [math.nan, math.nan]
+        self._compared = 0
 
     @property
     def alpha(self) -> float:
@@ -105,31 +107,41 @@ class L0Control:
             l0: noise-free mean L0 of its non-sink rows.
             lr_share: this step's learning rate ÷ the peak (times the steps that the batch stands for).
         """
-        self._mean = l0 if math.isnan(self._mean) else self._mean + _NEWEST * (l0 - self._mean)
         error = math.log(max(l0, _TINY_L0)) - self._log_target + self._shift
         self._error = max(-self._gains.most, min(self._gains.most, error))
         self._log_found = self._within(self._log_found + lr_share * self._error / self._gains.integral_steps)
 
-    def compare(self, held_out_l0: float) -> None:
-        """Adds the mean L0 of held-out non-sink rows at the weights of now."""
-        if self._mean > 0 and held_out_l0 > 0:  # false for NaN too
-            self._shift = math.log(held_out_l0 / self._mean)
+    def compare(self, l0: float, held_out_l0: float) -> None:
+        """Adds a pair: mean L0 of a batch's and of held-out non-sink rows at the same weights. NaN: no such rows."""
+        if math.isnan(l0) or math.isnan(held_out_l0):
+            return
+        self._compared += 1
+        weight = max(_NEWEST, 1 / self._compared)
+        for place, value in enumerate((l0, held_out_l0)):
+            mean = self._means[place]
+            self._means[place] = value if self._compared == 1 else mean + weight * (value - mean)
+
+    @property
+    def _shift(self) -> float:
+        trained, held_out = self._means
+        return math.log(held_out / trained) if self._compared >= _FEW and min(trained, held_out) > 0 else 0.0
 
     def _within(self, log_alpha: float) -> float:
         return max(self._low, min(self._high, log_alpha))
 
     def state(self) -> dict[str, torch.Tensor]:
         """For a checkpoint."""
-        values = (self._log_found, self._error, self._shift, self._mean)
+        values = (self._log_found, self._error, *self._means, self._compared)
         return {"l0_control": torch.tensor(values, dtype=torch.float64)}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Goes on from `state()`."""
-        self._log_found, self._error, self._shift, self._mean = state["l0_control"].tolist()
+        self._log_found, self._error, *self._means, compared = state["l0_control"].tolist()
+        self._compared = int(compared)
 
 
 def noise_free_l0(x: torch.Tensor, weights: Weights) -> torch.Tensor:
-    """Pre-activations above 0, or above their thresholds, per row [B] of x [B, d_in], in the weights' units."""
+    """Number of pre_acts above 0, or above their thresholds, per row [B] of x [B, d_in] in units of the weights."""
     pre_acts = torch.addmm(weights.b_enc, x, weights.W_enc)
     least = 0.0 if weights.log_threshold is None else weights.log_threshold.exp()
     return (pre_acts > least).sum(dim=1)
@@ -141,9 +153,15 @@ def mean_l0(l0: torch.Tensor, rows: HookRows) -> float:
     return float(torch.where(counted, l0, 0).sum(dtype=torch.float64) / counted.sum())
 
 
-def compared_after(step: int, steps: int) -> bool:
-    """Whether held-out rows are compared after the 0-based `step`."""
-    return any(step + 1 == math.ceil(share * steps) for share in COMPARED_AT)
+def is_compared(step: int, steps: int) -> bool:
+    """Whether the batch of 0-based `step` is compared with held-out rows."""
+    return step >= _COMPARED_FROM * steps and step % max(1, steps // _COMPARISONS) == 0
+
+
+def rows_to_compare(rows: HookRows, step: int, steps: int) -> HookRows:
+    """The part of the held-out rows that is compared at `step`: about as many each time, in the end all of them."""
+    parts = max(1, round(len(rows.norm) / _COMPARED_ROWS))
+    return rows.select(slice(step // max(1, steps // _COMPARISONS) % parts, None, parts))
 
 
 def sample_rows(parts: Iterable[HookRows], rows: int, most: int) -> HookRows | None:

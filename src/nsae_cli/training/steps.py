@@ -15,8 +15,7 @@ from nsae_cli.store.batches import Batch, HookRows
 from nsae_cli.training.cell import Cell
 from nsae_cli.training.cell_pool import CellPool
 from nsae_cli.training.checkpoint import Checkpoint
-from nsae_cli.training.evaluate import evaluation_batch
-from nsae_cli.training.l0_control import compared_after
+from nsae_cli.training.l0_control import is_compared, rows_to_compare
 from nsae_cli.training.plan import TrainPlan
 from nsae_cli.training.records import MetricsLog, log_interval, step_record
 from nsae_cli.training.setup import HeldOutSample, initialise_cells, stream_key
@@ -106,11 +105,13 @@ class StepLoop:
         }
 
     def _rows_to_compare(self, step: int) -> dict[str, HookRows]:
-        """Held-out rows of the hooks of cells with a target for L0, where these are compared after `step`."""
-        if not compared_after(step, self._plan.steps):
+        """Held-out rows, by hook, for the cells with a target for L0; empty at most steps."""
+        steps = self._plan.steps
+        if not is_compared(step, steps):
             return {}
         hooks = {cell.config.hook for cell in self._cells.values() if cell.control is not None}
-        return {hook: rows for hook in sorted(hooks) if (rows := self._held_out.of(hook)) is not None}
+        found = {hook: self._held_out.of(hook) for hook in sorted(hooks)}
+        return {hook: rows_to_compare(rows, step, steps) for hook, rows in found.items() if rows is not None}
 
     def _step(
         self,
@@ -123,9 +124,7 @@ class StepLoop:
         def advance(name: str) -> dict[str, Any] | None:
             cell = self._cells[name]
             rows = taken[stream_key(cell.config)][cell.config.hook]
-            log = cell.train_step(rows, step)
-            if cell.config.hook in compared:
-                cell.compare_held_out(compared[cell.config.hook], evaluation_batch(cell.config.d_sae))
+            log = cell.train_step(rows, step, compared.get(cell.config.hook))
             if not log_now:
                 return None
             record = step_record(cell, rows, log, step)
