@@ -45,7 +45,7 @@ class Splicer:
     """
 
     def __init__(self, model: nn.Module, family: Family, hook: str) -> None:
-        self._model, self._family = model, family
+        self._model, self._family, self.hook = model, family, hook
         self._base: nn.Module = model.base_model  # type: ignore[assignment]  # every transformers model has it
         blocks = blocks_of(self._base, family)
         layer, site = require_hook(hook, len(blocks), "the model")
