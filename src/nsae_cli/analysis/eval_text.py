@@ -194,10 +194,7 @@ class TextResolver:
         """
         live = "activations" not in run["inputs"]
         on_corpus = self._options.corpus is not None or (live and self._activations is None)
-        if not on_corpus:
-            text = self._of_store(sae, run)
-        else:
-            text = self._of_corpus(sae, run, live)
+        text = self._of_corpus(sae, run, live) if on_corpus else self._of_store(sae, run)
         self._check_fit(sae, run, text.info)
         return text
 

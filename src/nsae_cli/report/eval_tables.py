@@ -41,8 +41,8 @@ def eval_table(documents: Sequence[Document], labels: Sequence[str] | None = Non
     names = list(labels) if labels is not None else fmt.short_labels([_name(document) for document in documents])
     parts: list[RenderableType] = []
     # Numbers of the model alone are printed once for all SAEs that share them.
-    for source in dict.fromkeys(map(_source, documents)):
-        parts.append(Text(source))
+    for line in (_text, _ablations):
+        parts += [Text(text) for text in dict.fromkeys(map(line, documents))]
     keys = [
         Column("name", names),
         Column("layer", [str(_layer(document)) for document in documents]),
@@ -103,11 +103,11 @@ def _cost(document: Document) -> str:
     verb = "costs" if ns > 0 else "gains"
     text = f"At non-sinks the reconstruction {verb} {_nats(abs(ns))} per predicted token"
     kept = [
-        f"{fmt.plain_percent(share)} of what {what} loses"
-        for share, what in ((mean, "the mean"), (zero, "zero"))
+        f"{fmt.plain_percent(share)} of what {what} ablation costs"
+        for share, what in ((mean, "mean"), (zero, "zero"))
         if share is not None and 0 <= share <= 1
     ]
-    return f"{text}; spliced in everywhere it keeps {' and '.join(kept)}." if kept else f"{text}."
+    return f"{text}; spliced in everywhere it recovers {' and '.join(kept)}." if kept else f"{text}."
 
 
 def _sinks(document: Document) -> str:
@@ -119,12 +119,11 @@ def _sinks(document: Document) -> str:
     _, high = _bounds(document, "delta_ce_ns")
     low, _ = _bounds(document, "delta_ce_all")
     apart = low is None or high is None or low > high
-    if apart and everywhere > 2 * max(ns, 0):
-        ratio = f", {fmt.plain(everywhere / ns, 2)} × as much" if ns > 0 else ""
-        return f"With the sinks spliced too it costs {_nats(everywhere)}{ratio}: the sinks are what breaks the model."
-    if abs(everywhere - ns) <= 0.1 * abs(ns):
+    if not apart and abs(everywhere - ns) <= 0.1 * abs(ns):
         return "Splicing the sinks too changes little: the SAE reconstructs them well enough for the model."
-    return f"With the sinks spliced too it is {_nats(everywhere)}."
+    more = f", {fmt.plain(everywhere / ns, 2)} × as much" if apart and ns > 0 else ""
+    blame = ": the sinks are what breaks the model" if apart and everywhere > 2 * max(ns, 0) else ""
+    return f"With the sinks spliced too it costs {_nats(everywhere)}{more}{blame}."
 
 
 def _by_norm(document: Document) -> str:
@@ -142,15 +141,19 @@ def _by_norm(document: Document) -> str:
     )
 
 
-def _source(document: Document) -> str:
+def _text(document: Document) -> str:
     rows = document["rows"]
     where = fmt.artifact_name(rows.get("activations") or rows.get("corpus")) or fmt.MISSING
     kind = "held-out tokens" if rows.get("held_out") else "tokens"
-    clean, zero, mean = (fmt.number(_value(document, key)) for key in ("ce_clean", "ce_zero", "ce_mean"))
     return (
         f"{fmt.model_name(document['model'])} on {fmt.count(rows['tokens'])} {kind} of {where}, "
-        f"{fmt.source_line(document)}. {document['hook']}: CE clean {clean}, zero {zero}, mean {mean}."
+        f"{fmt.source_line(document)}"
     )
+
+
+def _ablations(document: Document) -> str:
+    clean, zero, mean = (fmt.number(_value(document, key)) for key in ("ce_clean", "ce_zero", "ce_mean"))
+    return f"{document['hook']}: CE {clean}; ablated to zero {zero}, to the mean {mean}"
 
 
 def _layer(document: Document) -> int | str:
