@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from nsae_cli.analysis.eval import run_eval
+from nsae_cli.analysis.eval_text import EvalOptions
 from nsae_cli.analysis.norms_artifact import NormsOptions, run_norms
 from nsae_cli.analysis.top_norms_artifact import TopNormsOptions, run_top_norms
 from nsae_cli.experiment.train import TrainCommandOptions, choose_source
@@ -43,7 +45,7 @@ class Stage:
         reads: what it reads: names in the workspace, paths, or the number of the stage whose result it reads; empty
             where the command takes no input.
         name: of its result, or None for the default.
-        activations: for analyze-top-norms, the store to measure on, or None.
+        activations: for analyze-top-norms and eval, the store to measure on, or None.
     """
 
     command: str
@@ -118,6 +120,13 @@ def _analyze(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Re
     return StageResult("analyze-top-norms", artifacts, documents, analysis.figures, analysis.already_complete)
 
 
+def _eval(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:
+    made = run_eval(inputs, stage.activations, stage.options, workspace, stage.name, reporter)
+    artifacts = [result.artifact for result in made.results]
+    documents = [result.document for result in made.results]
+    return StageResult("eval", artifacts, documents, [], made.already_complete)
+
+
 COMMANDS: dict[str, CommandSpec] = {
     "collect": CommandSpec(CollectConfig, Kind.ACTIVATIONS, None, None, _collect),
     "norms": CommandSpec(NormsOptions, Kind.NORMS, "activations", Kind.ACTIVATIONS, _norms),
@@ -128,4 +137,5 @@ COMMANDS: dict[str, CommandSpec] = {
     "analyze-top-norms": CommandSpec(
         TopNormsOptions, Kind.TOP_NORMS, "saes", Kind.SAE, _analyze, several_inputs=True, store_key="activations"
     ),
+    "eval": CommandSpec(EvalOptions, Kind.EVAL, "saes", Kind.SAE, _eval, several_inputs=True, store_key="activations"),
 }
