@@ -59,6 +59,10 @@ def command(
         str, typer.Option(metavar="layer-norm|none|note", help="* How the penalty's weight β follows from α.")
     ] = "layer-norm",
     alpha_warm_up: Annotated[str, typer.Option(metavar="SHARE", help="Share of the steps over which α rises.")] = "20%",
+    target_l0: Annotated[
+        str | None,
+        typer.Option(metavar="FLOAT", help="* Mean L0 of non-sink tokens; α is moved until it is met, from --alpha."),
+    ] = None,
     k: Annotated[
         str | None,
         typer.Option(
@@ -106,6 +110,10 @@ def command(
     dead_window: Annotated[
         str, typer.Option(metavar="SIZE", help="Tokens after which a silent feature counts as dead.")
     ] = "262144",
+    probe_every: Annotated[
+        str,
+        typer.Option(metavar="auto|STEPS|off", help="How often to probe the gradient; auto: about 20 times a run."),
+    ] = "auto",
     buffer: Annotated[
         str, typer.Option(metavar="SIZE", help="Rows that are mixed in memory at a time; bounds host memory.")
     ] = "524288",
