@@ -80,6 +80,7 @@ class Cell:
         self.control: L0Control | None = None
         if config.target_l0 is not None:
             self.control = L0Control(config.target_l0, config.alpha, gains_of(config.act))
+        self._held_out_l0: float | None = None
 
     @property
     def alpha(self) -> float:
@@ -97,13 +98,12 @@ class Cell:
             return start
         return dataclasses.replace(start, beta=start.beta * (alpha / self.config.alpha))  # β ∝ α, whatever the rule
 
-    def train_step(self, rows: HookRows, step: int, held_out: HookRows | None = None) -> StepLog:
+    def train_step(self, rows: HookRows, step: int) -> StepLog:
         """One optimizer step on a batch.
 
         Args:
             rows: the batch, on the training device.
             step: 0-based number of this step.
-            held_out: rows to compare the batch's L0 with, for the control of L0; on the training device.
 
         Raises:
             NumericalError: loss or gradient is not finite; the weights are still those before the step.
@@ -142,7 +142,7 @@ class Cell:
         self._refuse_non_finite(gradients, step)
         lr = learning_rate(step, config.steps, config.lr, config.lr_warm_up, config.lr_decay)
         if control is not None and ramped == 1:
-            self._control_l0(control, x, rows, result, step, lr / config.lr, held_out)
+            self._control_l0(control, x, rows, result, step, lr / config.lr)
         self._updater.step(gradients, lr)
         self.window.update(result.fired, len(rows.norm))
         if self._threshold is not None:
@@ -151,24 +151,23 @@ class Cell:
         self._zero_rows += rows.zero.sum()  # stays on the device: reading it here would make every step wait
         return StepLog(result, x, error_weight, sparsity_weight, alpha * ramped, lr)
 
+    def look_at_held_out(self, rows: HookRows) -> None:
+        """Counts L0 of held-out rows (on the training device); the next step compares its batch's with it."""
+        if self.control is not None:
+            scaled = rows.x.to(torch.float32) * self._start_objective.input_scale
+            self._held_out_l0 = mean_l0(noise_free_l0(scaled, self.weights), rows)
+
     def _control_l0(
-        self,
-        control: L0Control,
-        x: torch.Tensor,
-        rows: HookRows,
-        result: StepResult,
-        step: int,
-        lr_share: float,
-        held_out: HookRows | None,
+        self, control: L0Control, x: torch.Tensor, rows: HookRows, result: StepResult, step: int, lr_share: float
     ) -> None:
-        """Shows the control a batch's L0, and that of held-out rows, at the weights before this step's update."""
+        """Shows the control a batch's L0, at the weights before this step's update."""
         every = NOISE_FREE_EVERY if self.config.noise else 1
-        if step % every and held_out is None:
+        held_out_l0, self._held_out_l0 = self._held_out_l0, None
+        if step % every and held_out_l0 is None:
             return
         mean = mean_l0(noise_free_l0(x, self.weights) if self.config.noise else result.l0, rows)
-        if held_out is not None:
-            scaled = held_out.x.to(torch.float32) * self._start_objective.input_scale
-            control.compare(mean, mean_l0(noise_free_l0(scaled, self.weights), held_out))
+        if held_out_l0 is not None:
+            control.compare(mean, held_out_l0)
         if step % every == 0 and mean == mean:  # NaN: the batch has no non-sink row
             control.update(mean, lr_share * every)
 

@@ -124,7 +124,9 @@ class StepLoop:
         def advance(name: str) -> dict[str, Any] | None:
             cell = self._cells[name]
             rows = taken[stream_key(cell.config)][cell.config.hook]
-            log = cell.train_step(rows, step, compared.get(cell.config.hook))
+            if cell.config.hook in compared:
+                cell.look_at_held_out(compared[cell.config.hook])
+            log = cell.train_step(rows, step)
             if not log_now:
                 return None
             record = step_record(cell, rows, log, step)
