@@ -42,7 +42,7 @@ def step_record(cell: Cell, rows: HookRows, log: StepLog, step: int) -> dict[str
         x_hat_sq=torch.linalg.vecdot(x_hat, x_hat),
         l0=result.l0,
         l1=result.l1 * l1_scale,
-        weight_error=log.error_weight,
+        weight_error=log.plain_error_weight,
     )
     shares = {key: batch.pop(key) for key in ("loss_share", "bias_ratio", "nbi")}
     return {
