@@ -32,7 +32,11 @@ def command(
     ] = None,
     act: Annotated[str, typer.Option(metavar="relu|tanh-relu|topk|batchtopk|jumprelu", help="* Activation.")] = "relu",
     l2_norm: Annotated[
-        str, typer.Option(metavar="none|norm|sq", help="* Divide the squared error by nothing, ‖x‖ or ‖x‖².")
+        str,
+        typer.Option(
+            metavar="none|norm|sq|cosine",
+            help="* Divide the squared error by nothing, ‖x‖ or ‖x‖²; or 2(1 − cos(x, x̂)).",
+        ),
     ] = "none",
     l1_norm: Annotated[
         str, typer.Option(metavar="none|norm", help="* Divide the sparsity penalty by nothing or ‖x‖.")

@@ -33,6 +33,7 @@ def batch_metrics(
     l0: Tensor,
     l1: Tensor,
     weight_error: Tensor,
+    distance: Tensor | None = None,
 ) -> dict[str, Any]:
     """Metrics of one training batch. Zero rows (x = 0) count nowhere.
 
@@ -46,13 +47,14 @@ def batch_metrics(
         x_hat_sq: ‖x_hat‖² [B].
         l0: count of f > 0, [B].
         l1: Σ f_i, [B].
-        weight_error: w = n^(−p) [B].
+        weight_error: w = n^(−p) [B], the weight of D in the loss.
+        distance: D [B], what the loss measures; None for ‖e‖².
 
     Returns:
         l0_all, l0_ns, l1_all: means.
         fvu_all, fvu_ns: Σ‖e‖² / Σ‖x − μ‖², both with μ the ns mean of this batch.
         mre_ns, cosine_ns: mean ρ = ‖e‖²/‖x‖², mean c; shrinkage_ns: Σ‖x_hat‖² / Σ x_hat·x.
-        loss_share: {sinks, b0, …, b9}, shares of Σ w‖e‖²; None for a group without rows.
+        loss_share: {sinks, b0, …, b9}, shares of Σ w·D; None for a group without rows.
         bias_ratio: the same ÷ the group's share of the rows, [sinks, b0, …, b9].
         nbi: slope of log ρ on log n over ns rows with ρ > 0.
     """
@@ -71,7 +73,7 @@ def batch_metrics(
         "x_sq": x_sq,
         "x_hat_sq": x_hat_sq,
         "dot": dot,
-        "loss": weight_error.double() * sq_error,
+        "loss": weight_error.double() * (sq_error if distance is None else distance.double()),
     }
     columns = torch.stack([torch.where(live, quantities[name], 0.0) for name in _PER_GROUP], dim=1)
     member = torch.nn.functional.one_hot(group, N_GROUPS).double().T  # [N_GROUPS, B]

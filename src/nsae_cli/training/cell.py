@@ -14,7 +14,7 @@ from nsae_cli.kernels.types import StepResult, Weights, in_memory_order
 from nsae_cli.kernels.update import GradientBuffer, Gradients, Updater
 from nsae_cli.metrics.deadness import FiredWindow
 from nsae_cli.sae.autoencoder import SparseAutoencoder, fold_input_scale
-from nsae_cli.sae.objective import L1_POWER, L2_POWER, Objective, beta_from_alpha, penalty_degree
+from nsae_cli.sae.objective import ERROR_TERMS, L1_POWER, Objective, beta_from_alpha, penalty_degree
 from nsae_cli.store.batches import HookRows, stable_seed
 from nsae_cli.store.profile import HookProfile
 from nsae_cli.training.options import CellConfig
@@ -29,7 +29,7 @@ def resolve_input_scale(config: CellConfig, d_in: int, norm_scale: float) -> flo
 
 def make_objective(config: CellConfig, profile: HookProfile, d_in: int) -> Objective:
     """The cell's loss, with β and s resolved from the hook's norms."""
-    p, q = L2_POWER[config.l2_norm], L1_POWER[config.l1_norm]
+    (p, distance), q = ERROR_TERMS[config.l2_norm], L1_POWER[config.l1_norm]
     powers = profile.mean_power if config.sinks == "keep" else profile.mean_power_ns
     beta = beta_from_alpha(
         config.alpha,
@@ -39,7 +39,7 @@ def make_objective(config: CellConfig, profile: HookProfile, d_in: int) -> Objec
         powers[2 - p],
     )
     scale = resolve_input_scale(config, d_in, profile.norm_scale)
-    return Objective(config.act, p, q, config.sparsity, beta, scale, config.k, config.bandwidth)
+    return Objective(config.act, p, q, config.sparsity, beta, scale, config.k, config.bandwidth, distance)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Cell:
         if objective.nonlinearity.selection.bandwidth is not None:
             weights.log_threshold = torch.zeros_like(weights.b_enc)
         self.weights = weights = weights.by_feature()
-        self.kernel = kernel.make(len(weights.b_dec), config.d_sae, objective.nonlinearity)
+        self.kernel = kernel.make(len(weights.b_dec), config.d_sae, objective.nonlinearity, objective.distance)
         self._gradients = GradientBuffer(weights)
         self._zero_rows = torch.zeros((), dtype=torch.int64, device=weights.b_enc.device)
         self.window = FiredWindow(config.d_sae, config.dead_window, device=weights.b_enc.device)
@@ -104,6 +104,7 @@ class Cell:
             error_weight=error_weight,
             sparsity_weight=sparsity_weight,
             noise=noise,
+            distance=objective.distance,
         )
         result = gradients.result
         if config.aux_k is not None:
@@ -113,7 +114,7 @@ class Cell:
                 self.weights,
                 self.window.silent(),
                 k_aux=config.aux_k,
-                error_weight=error_weight,
+                error_weight=objective.squared_error_weight(rows.norm, rows.zero) / len(rows.norm),
                 noise=noise,
             )
         self._refuse_non_finite(gradients, step)

@@ -67,15 +67,15 @@ def evaluate(
         error = x_hat - x
         sq_error = torch.linalg.vecdot(error.double(), error.double())
         x_sq = torch.linalg.vecdot(x.double(), x.double())
-        in_training = _TrainingUnits(sae, objective, acts, error, part)
-        reconstruction.update(
-            x, x_hat, part.norm, part.group, (acts > 0).sum(dim=1), acts.sum(dim=1), in_training.penalty()
-        )
+        error_terms = objective.error_terms(x, x_hat, part.norm)
+        in_training = _TrainingUnits(sae, objective, acts, x_hat, part)
+        l0, l1 = (acts > 0).sum(dim=1), acts.sum(dim=1)
+        reconstruction.update(x, x_hat, part.norm, part.group, l0, l1, in_training.penalty(), error_terms)
         features.update(acts, part.norm, part.group)
         moments.update(part.norm, part.group)
         shares.update(in_training.gradient_norms(unit_decoder), part.group)
         index.update(contexts, part.norm, sq_error / x_sq, part.group != SINKS)
-        weights.update(part.norm.double().pow(-objective.l2_power) * sq_error)
+        weights.update(error_terms)
     metrics: dict[str, Any] = dict(reconstruction.compute(objective.l2_power, objective.l1_power))
     _add_norm_bias(metrics, objective, moments, shares, index, weights)
     _add_features(metrics, features)
@@ -133,7 +133,7 @@ class _TrainingUnits:
     """A batch in the scaled units x' = s·x of training, in which penalty and gradients are defined."""
 
     def __init__(
-        self, sae: SparseAutoencoder, objective: Objective, acts: torch.Tensor, error: torch.Tensor, rows: HookRows
+        self, sae: SparseAutoencoder, objective: Objective, acts: torch.Tensor, x_hat: torch.Tensor, rows: HookRows
     ) -> None:
         s = objective.input_scale
         # The inverse of `fold_input_scale`: relu's acts grow with x, tanh-relu's decoder does.
@@ -141,9 +141,12 @@ class _TrainingUnits:
         self._act_slope = sae.nonlinearity.derivative(acts)
         self._acts = acts * acts_scale
         self._W_dec = sae.weights.W_dec * decoder_scale
-        self._error = error * s
         self._x = rows.x.float() * s
-        self._weights = objective.row_weights(rows.norm, rows.zero)
+        error_weight, sparsity_weight = objective.row_weights(rows.norm, rows.zero)
+        # ∂(w·D)/∂x̂ = w·factor·slope stands for 2w·e: of the squared error, slope is e and the factor 2.
+        measured = objective.distance.measure_(self._x, x_hat * s)
+        self._error = measured.slope
+        self._weights = error_weight * (measured.factor / 2), sparsity_weight
         self._objective = objective
         self._norms = self._W_dec.norm(dim=1) if objective.penalty.uses_decoder_norms else None
 
@@ -194,6 +197,7 @@ def _gradient_projections(
             penalty=objective.penalty,
             error_weight=error_weight,
             sparsity_weight=sparsity_weight * objective.beta_scaled,
+            distance=objective.distance,
         )
         if unit_decoder:
             remove_parallel_component_(gradients.W_dec, scaled.W_dec)

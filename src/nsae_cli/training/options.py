@@ -17,7 +17,7 @@ from nsae_cli.sae.objective import DEFAULT_ALPHA, DEFAULT_DECODER, DEFAULT_SPARS
 from nsae_cli.values import Fraction, Size, split_list
 
 Act = Literal["relu", "tanh-relu", "topk", "batchtopk", "jumprelu"]
-L2Norm = Literal["none", "norm", "sq"]
+L2Norm = Literal["none", "norm", "sq", "cosine"]
 L1Norm = Literal["none", "norm"]
 Decoder = Literal["unit", "free", "bounded"]
 Sparsity = Literal["l1", "l1-decoder-norm", "tanh", "l0"]
@@ -73,7 +73,9 @@ class TrainOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     act: Annotated[list[Act], _Split] = Field(["relu"], description="activation")
-    l2_norm: Annotated[list[L2Norm], _Split] = Field(["none"], description="divide the squared error by 1, ‖x‖ or ‖x‖²")
+    l2_norm: Annotated[list[L2Norm], _Split] = Field(
+        ["none"], description="divide the squared error by 1, ‖x‖ or ‖x‖², or take 2(1 − cos)"
+    )
     l1_norm: Annotated[list[L1Norm], _Split] = Field(["none"], description="divide the sparsity penalty by 1 or ‖x‖")
     decoder: Annotated[list[Decoder], _Split] | None = Field(None, description="what W_dec's rows may do")
     sparsity: Annotated[list[Sparsity], _Split] | None = Field(None, description="sparsity penalty")
@@ -202,7 +204,7 @@ def expand_cells(options: TrainOptions, hooks: list[str], d_in: int, epoch_rows:
     hook_names = _hook_names(hooks)
     for values in itertools.product(*axes.values()):
         cell = _with_defaults(dict(zip(axes, values, strict=True)) | {"aux_k": aux_k})
-        reason = refused_combination(cell["act"], cell["decoder"], cell["sparsity"])
+        reason = refused_combination(cell["act"], cell["decoder"], cell["sparsity"], cell["l2_norm"])
         if reason is not None:
             problems[reason] = None
         elif cell["k"] is not None and cell["k"] > cell["d_sae"]:

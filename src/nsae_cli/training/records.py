@@ -29,7 +29,7 @@ def step_record(cell: Cell, rows: HookRows, log: StepLog, step: int) -> dict[str
     s = objective.input_scale
     x_hat = log.x + result.error
     to_raw = 1 / objective.loss_scale
-    loss_l2 = float(log.error_weight.double() @ result.sq_error.double()) * to_raw
+    loss_l2 = float(log.error_weight.double() @ result.distance.double()) * to_raw
     loss_sparsity = float(log.sparsity_weight.double() @ result.penalty.double()) * to_raw
     l1_scale = 1 / s if objective.nonlinearity.homogeneous else 1.0
     batch = batch_metrics(
@@ -43,6 +43,7 @@ def step_record(cell: Cell, rows: HookRows, log: StepLog, step: int) -> dict[str
         l0=result.l0,
         l1=result.l1 * l1_scale,
         weight_error=log.error_weight,
+        distance=result.distance,
     )
     shares = {key: batch.pop(key) for key in ("loss_share", "bias_ratio", "nbi")}
     return {
