@@ -39,13 +39,13 @@ DEFAULT_DECODER = {"relu": "unit", "tanh-relu": "free", "topk": "unit", "batchto
 
 def refused_combination(act: str, decoder: str, sparsity: str, l2_norm: str = "none") -> str | None:
     """Why a combination of options cannot work, or None. The reasons are derived in docs/theory.md."""
-    if l2_norm == "cosine" and (reason := _shrinks_for_ever(act, sparsity)) is not None:
-        return reason
     if act == "tanh-relu" and decoder == "unit":
         return (
             "--act tanh-relu with --decoder unit: acts stay below 1, so ‖x̂ − b_dec‖ < L0 and high-norm tokens cannot "
             "be reconstructed; use --decoder free or bounded"
         )
+    if l2_norm == "cosine" and (reason := _shrinks_for_ever(act, sparsity)) is not None:
+        return reason
     if act == "relu" and decoder == "free" and sparsity == "l1":
         return (
             "--act relu with --decoder free and --sparsity l1 has no minimum: acts shrink and W_dec grows without end; "
