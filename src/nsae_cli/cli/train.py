@@ -110,6 +110,13 @@ def command(
     dead_window: Annotated[
         str, typer.Option(metavar="SIZE", help="Tokens after which a silent feature counts as dead.")
     ] = "262144",
+    resample_dead: Annotated[
+        str,
+        typer.Option(
+            metavar="off|STEPS|SHARE",
+            help="Every so often (500, 10%) give features that are dead by --dead-window new weights; not with topk.",
+        ),
+    ] = "off",
     buffer: Annotated[
         str, typer.Option(metavar="SIZE", help="Rows that are mixed in memory at a time; bounds host memory.")
     ] = "524288",

@@ -18,6 +18,7 @@ from nsae_cli.sae.objective import ERROR_TERMS, L1_POWER, Objective, beta_from_a
 from nsae_cli.store.batches import HookRows, stable_seed
 from nsae_cli.store.profile import HookProfile
 from nsae_cli.training.options import CellConfig
+from nsae_cli.training.resample import Resampler, last_step
 from nsae_cli.training.schedule import learning_rate, ramp
 from nsae_cli.training.threshold import BatchThreshold
 
@@ -76,6 +77,7 @@ class Cell:
         self.window = FiredWindow(config.d_sae, config.dead_window, device=weights.b_enc.device)
         self._updater = Updater(weights, config.decoder, config.clip)
         self._threshold = BatchThreshold(weights.b_enc.device) if config.act == "batchtopk" else None
+        self._resampler = Resampler(objective, weights, config.decoder, self._updater.adam, self.window, config.seed)
 
     def train_step(self, rows: HookRows, step: int) -> StepLog:
         """One optimizer step on a batch.
@@ -124,8 +126,14 @@ class Cell:
         if self._threshold is not None:
             assert result.least_act is not None
             self._threshold.update(result.least_act)
+        if self._resamples_after(step):
+            self._resampler.resample(rows, x, result, error_weight, step)
         self._zero_rows += rows.zero.sum()  # stays on the device: reading it here would make every step wait
         return StepLog(result, x, error_weight, sparsity_weight, config.alpha * ramped, lr)
+
+    def _resamples_after(self, step: int) -> bool:
+        every, done = self.config.resample_dead, step + 1
+        return every is not None and done % every == 0 and done <= last_step(self.config.steps, self.config.lr_decay)
 
     def _noise(self, rows: int, step: int) -> torch.Tensor | None:
         """Gaussian noise on pre-activations; a function of (seed, step), so that resuming needs no random state."""
@@ -152,6 +160,11 @@ class Cell:
         """How many rows so far counted for nothing, repeats counted."""
         return int(self._zero_rows)
 
+    @property
+    def resampled(self) -> int:
+        """How many dead features were given new weights so far."""
+        return self._resampler.count
+
     def saved_sae(self) -> SparseAutoencoder:
         """The SAE as it is saved: in raw units, float32, on the CPU. One of batchtopk is a jumprelu SAE."""
         act, scale = self.objective.act, self.objective.input_scale
@@ -174,6 +187,7 @@ class Cell:
         state |= {f"kernel/{key}": value for key, value in self.kernel.state().items()}
         if self._threshold is not None:
             state |= self._threshold.state()
+        state |= self._resampler.state()
         state["zero_rows"] = self._zero_rows
         return {name: tensor.detach().cpu() for name, tensor in state.items()}
 
@@ -186,4 +200,5 @@ class Cell:
         self.kernel.load_state({key: state[f"kernel/{key}"] for key in self.kernel.state()})
         if self._threshold is not None:
             self._threshold.load_state(state)
+        self._resampler.load_state(state)
         self._zero_rows.copy_(state["zero_rows"])

@@ -128,5 +128,10 @@ def _describe(plan: TrainPlan, cell: Cell, profile: HookProfile) -> dict[str, An
             "median_elsewhere": thresholds.median_elsewhere,
         },
         "kernel": cell.kernel.describe(),
-        "counts": {"tokens": config.steps * config.batch_size, "steps": config.steps, "zero_rows": cell.zero_rows},
+        "counts": {
+            "tokens": config.steps * config.batch_size,
+            "steps": config.steps,
+            "zero_rows": cell.zero_rows,
+            "resampled": cell.resampled,
+        },
     }

@@ -54,6 +54,7 @@ def step_record(cell: Cell, rows: HookRows, log: StepLog, step: int) -> dict[str
         "loss_sparsity": loss_sparsity,
         **batch,
         "dead_fraction_window": cell.window.dead_fraction(),
+        "resampled": cell.resampled,
         "alpha": log.alpha,
         "lr": log.lr,
         **shares,
