@@ -72,8 +72,8 @@ def test_metrics_lines(run, workspace):
     last = lines[-1]
     assert set(last) == {
         "step", "tokens", "loss", "loss_l2", "loss_sparsity", "l0_all", "l0_ns", "l1_all", "fvu_all", "fvu_ns",
-        "mre_ns", "cosine_ns", "shrinkage_ns", "dead_fraction_window", "resampled", "alpha", "lr", "loss_share", "bias_ratio",
-        "nbi",
+        "mre_ns", "cosine_ns", "shrinkage_ns", "dead_fraction_window", "resampled", "alpha", "lr", "loss_share",
+        "bias_ratio", "nbi",
     }  # fmt: skip
     assert last["tokens"] == 2560
     assert last["loss"] == pytest.approx(last["loss_l2"] + last["loss_sparsity"])
