@@ -240,7 +240,9 @@ class _Comparison:
     ) -> None:
         """Adds rows; `label` 0, 1 or 2 per row [B]."""
         penalty = self._objective.penalty.value(acts * self._acts_scale, self._norms).sum(dim=1)
-        self._reconstruction.update(x, x_hat, norm, label, (acts > 0).sum(dim=1), acts.sum(dim=1), penalty)
+        l0, l1 = (acts > 0).sum(dim=1), acts.sum(dim=1)
+        error_terms = self._objective.error_terms(x, x_hat, norm)
+        self._reconstruction.update(x, x_hat, norm, label, l0, l1, penalty, error_terms)
         self._features.update(acts, norm, label)
 
     def describe(

@@ -32,7 +32,11 @@ def command(
     ] = None,
     act: Annotated[str, typer.Option(metavar="relu|tanh-relu|topk|batchtopk|jumprelu", help="* Activation.")] = "relu",
     l2_norm: Annotated[
-        str, typer.Option(metavar="none|norm|sq", help="* Divide the squared error by nothing, ‖x‖ or ‖x‖².")
+        str,
+        typer.Option(
+            metavar="none|norm|sq|cosine",
+            help="* Divide the squared error by nothing, ‖x‖ or ‖x‖²; or 2(1 − cos(x, x̂)).",
+        ),
     ] = "none",
     l1_norm: Annotated[
         str, typer.Option(metavar="none|norm", help="* Divide the sparsity penalty by nothing or ‖x‖.")
@@ -121,6 +125,13 @@ def command(
         str,
         typer.Option(metavar="auto|STEPS|off", help="How often to probe the gradient; auto: about 20 times a run."),
     ] = "auto",
+    resample_dead: Annotated[
+        str,
+        typer.Option(
+            metavar="off|STEPS|SHARE",
+            help="Every so often (500, 10%) give features that are dead by --dead-window new weights; not with topk.",
+        ),
+    ] = "off",
     buffer: Annotated[
         str, typer.Option(metavar="SIZE", help="Rows that are mixed in memory at a time; bounds host memory.")
     ] = "524288",

@@ -95,6 +95,16 @@ class Adam:
                 for tensor in moment.tensors():
                     torch.hardshrink(tensor, _NOTHING, out=tensor)
 
+    @torch.no_grad()
+    def forget(self, features: torch.Tensor) -> None:
+        """Moments of 0 for all that belongs to these features, int64 [K]. The number of steps stays everybody's."""
+        for moment in self.moments():
+            moment.W_enc.index_fill_(1, features, 0)
+            moment.W_dec.index_fill_(0, features, 0)
+            for per_feature in (moment.b_enc, moment.log_threshold):
+                if per_feature is not None:
+                    per_feature.index_fill_(0, features, 0)
+
     def state(self) -> dict[str, torch.Tensor]:
         """Moments and number of steps, by name; the tensors themselves, in the order of their memory."""
         moments = {f"{kind}/{name}": t for kind, moment in self._moments.items() for name, t in moment.named().items()}

@@ -13,7 +13,8 @@ import torch
 from nsae_cli.kernels import scratch
 from nsae_cli.kernels.adam import Adam
 from nsae_cli.kernels.dense_selection import make_selection
-from nsae_cli.kernels.types import Activation, Penalty, RowGradients, StepResult, Weights
+from nsae_cli.kernels.distance import SQUARED_ERROR
+from nsae_cli.kernels.types import Activation, Distance, Penalty, RowGradients, StepResult, Weights
 from nsae_cli.kernels.update import GradientBuffer
 
 #: Rows per block are chosen so that one [rows, F] float32 buffer takes at most this many bytes.
@@ -113,12 +114,14 @@ class DenseStep:
         error_weight: torch.Tensor,
         sparsity_weight: torch.Tensor,
         noise: torch.Tensor | None = None,
+        distance: Distance = SQUARED_ERROR,
         row_gradients: bool = False,
     ) -> DenseGradients:
         """The step's loss terms, and its gradients in the buffer.
 
         Args:
-            x, weights, activation, penalty, error_weight, sparsity_weight, noise: see `reference.step_gradients`.
+            x, weights, activation, penalty, error_weight, sparsity_weight, noise, distance: see
+                `reference.step_gradients`.
             row_gradients: whether the result is to have them.
         """
         result = self(
@@ -130,6 +133,7 @@ class DenseStep:
             error_weight=error_weight,
             sparsity_weight=sparsity_weight,
             noise=noise,
+            distance=distance,
             row_gradients=row_gradients,
         )
         return DenseGradients(result, into.get())
@@ -146,6 +150,7 @@ class DenseStep:
         error_weight: torch.Tensor,
         sparsity_weight: torch.Tensor,
         noise: torch.Tensor | None = None,
+        distance: Distance = SQUARED_ERROR,
         row_gradients: bool = False,
     ) -> StepResult:
         """See `reference.step_gradients`; `row_gradients` says whether the result is to have them."""
@@ -171,6 +176,7 @@ class DenseStep:
         result = StepResult(
             error=torch.empty_like(x),
             sq_error=x.new_empty(rows),
+            distance=x.new_empty(rows),
             penalty=x.new_empty(rows),
             l0=x.new_empty(rows),
             l1=x.new_empty(rows),
@@ -187,14 +193,15 @@ class DenseStep:
             activation.value_(acts)
             result.least_act = selection.least_act(acts)
             self._product(error, acts, W_dec, weights.b_dec)
-            error -= x_part
+            measured = distance.measure_(x_part, error)  # until here it is x̂
+            result.distance[part] = measured.value
             result.sq_error[part] = torch.linalg.vecdot(error, error)
             result.l1[part] = acts.sum(dim=1)
             result.penalty[part] = penalty.row_sums(acts, norms)
             result.l0[part] = torch.sign(acts, out=delta).sum(dim=1)
             result.fired |= acts.sum(dim=0) > 0  # acts are not negative
 
-            pulled = error * (2 * error_weight[part])[:, None]
+            pulled = measured.slope * (measured.factor * error_weight[part])[:, None]
             gradients.b_dec.add_(pulled.sum(dim=0))
             self._accumulate(gradients.W_dec, acts, pulled, first=part.start == 0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
@@ -118,6 +118,37 @@ class Penalty(Protocol):
         """∂φ/∂f and ∂φ/∂ν at (acts, decoder_norms), each a number or broadcastable to [B, F]."""
 
 
+class Measured(NamedTuple):
+    """A batch's distances and their gradient, ∂D/∂x̂ = factor·slope.
+
+    Attributes:
+        value: D [B]
+        slope: [B, d]
+        factor: one for all rows, or [B]
+    """
+
+    value: torch.Tensor
+    slope: torch.Tensor
+    factor: torch.Tensor | float
+
+
+class Distance(Protocol):
+    """The error D of a row, which the loss weighs with the error weight."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def degree(self) -> int:
+        """Its power of s where x and x̂ are both multiplied with s."""
+
+    def value(self, x: torch.Tensor, x_hat: torch.Tensor) -> torch.Tensor:
+        """D [B] of x and x̂ [B, d], differentiable in x̂."""
+
+    def measure_(self, x: torch.Tensor, x_hat: torch.Tensor) -> Measured:
+        """D and its gradient; turns x̂ into x̂ − x in place."""
+
+
 @dataclass
 class RowGradients:
     """Sums from which the norm of each row's own part of ∂L/∂W_enc and ∂L/∂W_dec follows, without those parts.
@@ -167,6 +198,7 @@ class StepResult:
     Attributes:
         error: x̂ − x [B, d] (float32 or wider)
         sq_error: ‖x̂ − x‖² per row [B]
+        distance: D per row [B]: what the loss weighs; ‖x̂ − x‖² unless it has another distance
         penalty: S per row [B]
         l0: number of positive acts per row [B], float
         l1: Σ_i f_i per row [B]
@@ -178,6 +210,7 @@ class StepResult:
 
     error: torch.Tensor
     sq_error: torch.Tensor
+    distance: torch.Tensor
     penalty: torch.Tensor
     l0: torch.Tensor
     l1: torch.Tensor

@@ -39,6 +39,7 @@ def batch_metrics(
     l0: Tensor,
     l1: Tensor,
     weight_error: Tensor,
+    distance: Tensor | None = None,
     penalty: Tensor | None = None,
     weight_sparsity: Tensor | None = None,
     gradient_norms: Mapping[str, Tensor] | None = None,
@@ -55,7 +56,8 @@ def batch_metrics(
         x_hat_sq: ‖x_hat‖² [B].
         l0: count of f > 0, [B].
         l1: Σ f_i, [B].
-        weight_error: w = n^(−p) [B].
+        weight_error: w = n^(−p) [B], the weight of D in the loss.
+        distance: D [B], what the loss measures; None for ‖e‖².
         penalty: S(f) [B]; None for Σ f_i.
         weight_sparsity: v = n^(−q) [B]; None for q = 0.
         gradient_norms: by parameter the norm of each row's own gradient [B].
@@ -64,7 +66,7 @@ def batch_metrics(
         l0_all, l0_ns, l1_all: means.
         fvu_all, fvu_ns: Σ‖e‖² / Σ‖x − μ‖², both with μ the ns mean of this batch.
         mre_ns, cosine_ns: mean ρ = ‖e‖²/‖x‖², mean c; shrinkage_ns: Σ‖x_hat‖² / Σ x_hat·x.
-        loss_share: {sinks, b0, …, b9}, shares of Σ w‖e‖²; None for a group without rows.
+        loss_share: {sinks, b0, …, b9}, shares of Σ w·D; None for a group without rows.
         bias_ratio: the same ÷ the group's share of the rows, [sinks, b0, …, b9].
         l1_share: {sinks, b0, …, b9}, shares of Σ v·S; None for a group without rows, or if no row has any.
         grad_share: by parameter {sinks, b0, …, b9}, shares of the sum of the rows' gradient norms.
@@ -89,7 +91,7 @@ def batch_metrics(
         "x_sq": x_sq,
         "x_hat_sq": x_hat_sq,
         "dot": dot,
-        "loss": weight_error.double() * sq_error,
+        "loss": weight_error.double() * (sq_error if distance is None else distance.double()),
         "sparsity": (l1 if penalty is None else penalty).double()
         * (1.0 if weight_sparsity is None else weight_sparsity.double()),
         **{f"grad_{name}": values for name, values in gradients.items()},

@@ -66,7 +66,7 @@ def train_table(
     ]  # fmt: skip
     note = (
         "Held-out tokens; ns = non-sink. FVU: unexplained share of the variance; EV = 1 − FVU; MRE: mean ‖x̂−x‖²/‖x‖²; "
-        "γ: 1 = no shrinkage; dead: share of features silent on these tokens; bias: share of the squared-error loss ÷ "
+        "γ: 1 = no shrinkage; dead: share of features silent on these tokens; bias: share of the loss for errors ÷ "
         "share of tokens, in the lowest and the highest norm bin and on sinks (1 = every token counts alike)."
     )
     if any((run.get("l0_target") or {}).get("within") is False for run in runs):

@@ -14,11 +14,12 @@ from nsae_cli.kernels.types import StepResult, Weights, in_memory_order
 from nsae_cli.kernels.update import GradientBuffer, Gradients, Updater
 from nsae_cli.metrics.deadness import FiredWindow
 from nsae_cli.sae.autoencoder import SparseAutoencoder, fold_input_scale
-from nsae_cli.sae.objective import L1_POWER, L2_POWER, Objective, beta_from_alpha, penalty_degree
+from nsae_cli.sae.objective import ERROR_TERMS, L1_POWER, Objective, beta_from_alpha, penalty_degree
 from nsae_cli.store.batches import HookRows, stable_seed
 from nsae_cli.store.profile import HookProfile
 from nsae_cli.training.l0_control import NOISE_FREE_EVERY, L0Control, gains_of, mean_l0, noise_free_l0
 from nsae_cli.training.options import CellConfig
+from nsae_cli.training.resample import Resampler, last_step
 from nsae_cli.training.row_weights import batch_weights
 from nsae_cli.training.schedule import is_logged, learning_rate, ramp
 from nsae_cli.training.threshold import BatchThreshold
@@ -31,7 +32,7 @@ def resolve_input_scale(config: CellConfig, d_in: int, norm_scale: float) -> flo
 
 def make_objective(config: CellConfig, profile: HookProfile, d_in: int) -> Objective:
     """The cell's loss, with β and s resolved from the hook's norms."""
-    p, q = L2_POWER[config.l2_norm], L1_POWER[config.l1_norm]
+    (p, distance), q = ERROR_TERMS[config.l2_norm], L1_POWER[config.l1_norm]
     powers = profile.mean_power if config.sinks == "keep" else profile.mean_power_ns
     beta = beta_from_alpha(
         config.alpha,
@@ -41,7 +42,7 @@ def make_objective(config: CellConfig, profile: HookProfile, d_in: int) -> Objec
         powers[2 - p],
     )
     scale = resolve_input_scale(config, d_in, profile.norm_scale)
-    return Objective(config.act, p, q, config.sparsity, beta, scale, config.k, config.bandwidth)
+    return Objective(config.act, p, q, config.sparsity, beta, scale, config.k, config.bandwidth, distance)
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,13 @@ class Cell:
         if objective.nonlinearity.selection.bandwidth is not None:
             weights.log_threshold = torch.zeros_like(weights.b_enc)
         self.weights = weights = weights.by_feature()
-        self.kernel = kernel.make(len(weights.b_dec), config.d_sae, objective.nonlinearity)
+        self.kernel = kernel.make(len(weights.b_dec), config.d_sae, objective.nonlinearity, objective.distance)
         self._gradients = GradientBuffer(weights)
         self._zero_rows = torch.zeros((), dtype=torch.int64, device=weights.b_enc.device)
         self.window = FiredWindow(config.d_sae, config.dead_window, device=weights.b_enc.device)
         self._updater = Updater(weights, config.decoder, config.clip)
         self._threshold = BatchThreshold(weights.b_enc.device) if config.act == "batchtopk" else None
+        self._resampler = Resampler(objective, weights, config.decoder, self._updater.adam, self.window, config.seed)
         self.control: L0Control | None = None
         if config.target_l0 is not None:
             self.control = L0Control(config.target_l0, config.alpha, gains_of(config.act))
@@ -141,6 +143,7 @@ class Cell:
             error_weight=error_weight,
             sparsity_weight=sparsity_weight,
             noise=noise,
+            distance=objective.distance,
             row_gradients=is_logged(step, config.steps, config.probe_every),
         )
         result = gradients.result
@@ -151,7 +154,7 @@ class Cell:
                 self.weights,
                 self.window.silent(),
                 k_aux=config.aux_k,
-                error_weight=error_weight,
+                error_weight=objective.squared_error_weight(rows.norm, rows.zero) / len(rows.norm),
                 noise=noise,
             )
         self._refuse_non_finite(gradients, step)
@@ -163,6 +166,8 @@ class Cell:
         if self._threshold is not None:
             assert result.least_act is not None
             self._threshold.update(result.least_act)
+        if self._resamples_after(step):
+            self._resampler.resample(rows, x, result, error_weight, step)
         self._zero_rows += rows.zero.sum()  # stays on the device: reading it here would make every step wait
         return StepLog(result, x, error_weight, plain[0] / len(rows.norm), sparsity_weight, alpha * ramped, lr)
 
@@ -185,6 +190,10 @@ class Cell:
             control.compare(mean, held_out_l0)
         if step % every == 0 and mean == mean:  # NaN: the batch has no non-sink row
             control.update(mean, lr_share * every)
+
+    def _resamples_after(self, step: int) -> bool:
+        every, done = self.config.resample_dead, step + 1
+        return every is not None and done % every == 0 and done <= last_step(self.config.steps, self.config.lr_decay)
 
     def _noise(self, rows: int, step: int) -> torch.Tensor | None:
         """Gaussian noise on pre-activations; a function of (seed, step), so that resuming needs no random state."""
@@ -211,6 +220,11 @@ class Cell:
         """How many rows so far counted for nothing, repeats counted."""
         return int(self._zero_rows)
 
+    @property
+    def resampled(self) -> int:
+        """How many dead features were given new weights so far."""
+        return self._resampler.count
+
     def saved_sae(self) -> SparseAutoencoder:
         """The SAE as it is saved: in raw units, float32, on the CPU. One of batchtopk is a jumprelu SAE."""
         act, scale = self.objective.act, self.objective.input_scale
@@ -233,6 +247,7 @@ class Cell:
         state |= {f"kernel/{key}": value for key, value in self.kernel.state().items()}
         if self._threshold is not None:
             state |= self._threshold.state()
+        state |= self._resampler.state()
         if self.control is not None:
             state |= self.control.state()
         state["zero_rows"] = self._zero_rows
@@ -247,6 +262,7 @@ class Cell:
         self.kernel.load_state({key: state[f"kernel/{key}"] for key in self.kernel.state()})
         if self._threshold is not None:
             self._threshold.load_state(state)
+        self._resampler.load_state(state)
         if self.control is not None:
             self.control.load_state(state)
         self._zero_rows.copy_(state["zero_rows"])

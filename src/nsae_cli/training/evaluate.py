@@ -41,8 +41,9 @@ def evaluate(sae: SparseAutoencoder, objective: Objective, unit_decoder: bool, r
     shares, exponents = GradShare(), MeasuredExponents()
     for part, contexts in rows(batch):
         batch_of_rows = reconstruct(sae, part, contexts)
-        in_training = _TrainingUnits(sae, objective, batch_of_rows.acts, batch_of_rows.x_hat - batch_of_rows.x, part)
-        measurements.update(batch_of_rows, in_training.penalty())
+        error_terms = objective.error_terms(batch_of_rows.x, batch_of_rows.x_hat, part.norm)
+        in_training = _TrainingUnits(sae, objective, batch_of_rows.acts, batch_of_rows.x_hat, part)
+        measurements.update(batch_of_rows, in_training.penalty(), error_terms)
         norms = in_training.gradient_norms(unit_decoder)
         shares.update(norms, part.group)
         exponents.update(part.norm, {f"grad_{name}": norm for name, norm in norms.items()}, batch_of_rows.non_sinks)
@@ -80,7 +81,7 @@ class _TrainingUnits:
     """A batch in the scaled units x' = s·x of training, in which penalty and gradients are defined."""
 
     def __init__(
-        self, sae: SparseAutoencoder, objective: Objective, acts: torch.Tensor, error: torch.Tensor, rows: HookRows
+        self, sae: SparseAutoencoder, objective: Objective, acts: torch.Tensor, x_hat: torch.Tensor, rows: HookRows
     ) -> None:
         s = objective.input_scale
         # The inverse of `fold_input_scale`: relu's acts grow with x, tanh-relu's decoder does.
@@ -88,9 +89,12 @@ class _TrainingUnits:
         self._act_slope = sae.nonlinearity.derivative(acts)
         self._acts = acts * acts_scale
         self._W_dec = sae.weights.W_dec * decoder_scale
-        self._error = error * s
         self._x = rows.x.float() * s
-        self._weights = objective.row_weights(rows.norm, rows.zero)
+        error_weight, sparsity_weight = objective.row_weights(rows.norm, rows.zero)
+        # ∂(w·D)/∂x̂ = w·factor·slope stands for 2w·e: of the squared error, slope is e and the factor 2.
+        measured = objective.distance.measure_(self._x, x_hat * s)
+        self._error = measured.slope
+        self._weights = error_weight * (measured.factor / 2), sparsity_weight
         self._objective = objective
         self._norms = self._W_dec.norm(dim=1) if objective.penalty.uses_decoder_norms else None
 

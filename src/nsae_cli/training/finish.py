@@ -82,14 +82,24 @@ def _until_stopped(rows: Iterator[T]) -> Iterator[T]:
 
 
 def gamed_sparsity(cell: Cell, metrics: dict[str, Any]) -> str | None:
-    """A sentence if L1 no longer measures sparsity (mean act < .1 and max ‖d_i‖ > 5 in scaled units), else None."""
+    """A sentence if L1 no longer measures sparsity (mean act < .1 and max ‖d_i‖ > 5 in scaled units), else None.
+
+    A loss that does not see the length of x̂ lets acts shrink without longer rows: there small acts alone say it.
+    """
     objective = cell.objective
     if objective.sparsity != "l1" or not objective.beta or not metrics["ns"]["l0"]:
         return None
     to_scaled = objective.input_scale if objective.nonlinearity.homogeneous else 1.0
     mean_act = to_scaled * metrics["ns"]["l1"] / metrics["ns"]["l0"]
+    if mean_act >= _GAMED_MEAN_ACT:
+        return None
+    if objective.distance.degree == 0:
+        return (
+            f"L1 no longer measures sparsity: mean act {mean_act:.2g}, which the cosine distance does not mind; "
+            "use --noise 0.1, or another --l2-norm"
+        )
     longest = float(cell.weights.W_dec.norm(dim=1).max())
-    if mean_act >= _GAMED_MEAN_ACT or longest <= _GAMED_DECODER_NORM:
+    if longest <= _GAMED_DECODER_NORM:
         return None
     return (
         f"L1 no longer measures sparsity: mean act {mean_act:.2g}, longest decoder row {longest:.2g} (scaled units); "
@@ -170,5 +180,10 @@ def _describe(plan: TrainPlan, cell: Cell, profile: HookProfile) -> dict[str, An
             "median_elsewhere": thresholds.median_elsewhere,
         },
         "kernel": cell.kernel.describe(),
-        "counts": {"tokens": config.steps * config.batch_size, "steps": config.steps, "zero_rows": cell.zero_rows},
+        "counts": {
+            "tokens": config.steps * config.batch_size,
+            "steps": config.steps,
+            "zero_rows": cell.zero_rows,
+            "resampled": cell.resampled,
+        },
     }

@@ -17,6 +17,7 @@ from nsae_cli.errors import ResourceError
 from nsae_cli.kernels import scratch
 from nsae_cli.kernels.select import Choice, choose
 from nsae_cli.reporter import Reporter, SilentReporter
+from nsae_cli.sae.objective import ERROR_TERMS
 from nsae_cli.store import commit
 from nsae_cli.store.profile import HookProfile
 from nsae_cli.store.sae_folder import FORMAT_VERSION
@@ -72,7 +73,8 @@ def train(
         # Read by cuBLAS when CUDA starts; without it deterministic products are refused.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device, why = choose_device(options.device)
-    kernel = choose(options.kernel, options.precision, device)
+    distances = {ERROR_TERMS[config.l2_norm][1] for config in plan.configs.values()}
+    kernel = choose(options.kernel, options.precision, device, distances)
     reporter.note(f"device {why}")
     try:
         with (

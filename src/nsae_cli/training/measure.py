@@ -110,21 +110,24 @@ class Measurements:
         self.moments = NormMoments()
 
     @torch.no_grad()
-    def update(self, batch: ReconstructedRows, penalty: torch.Tensor | None = None) -> None:
+    def update(
+        self, batch: ReconstructedRows, penalty: torch.Tensor | None = None, error_terms: torch.Tensor | None = None
+    ) -> None:
         """Adds rows, zero rows left out.
 
         Args:
             batch: the rows.
             penalty: S per row [B]; Σ f_i where it is None.
+            error_terms: what the loss charges for each row's error [B]; n^(−p)‖e‖² where it is None.
         """
         rows, acts = batch.rows, batch.acts
         l0, l1 = (acts > 0).sum(dim=1), acts.sum(dim=1)
         penalty = l1 if penalty is None else penalty
-        self._reconstruction.update(batch.x, batch.x_hat, rows.norm, rows.group, l0, l1, penalty)
+        norm = rows.norm.double()
+        loss = norm.pow(-self._l2_power) * batch.sq_error if error_terms is None else error_terms
+        self._reconstruction.update(batch.x, batch.x_hat, rows.norm, rows.group, l0, l1, penalty, loss)
         self._features.update(acts, rows.norm, rows.group)
         self._index.update(batch.contexts, rows.norm, batch.rho, batch.non_sinks)
-        norm = rows.norm.double()
-        loss = norm.pow(-self._l2_power) * batch.sq_error
         self._weights.update(loss)
         sparsity = norm.pow(-self._l1_power) * penalty.double()
         self._exponents.update(norm, {"loss": loss, "sparsity": sparsity}, batch.non_sinks)

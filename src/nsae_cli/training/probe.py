@@ -84,6 +84,7 @@ def probe_gradient(
             penalty=objective.penalty,
             error_weight=error_weight / len(rows.norm),
             sparsity_weight=sparsity_weight * (beta / len(rows.norm)),
+            distance=objective.distance,
         )
 
     total, part = weights.zeros_like(), weights.zeros_like()

@@ -29,7 +29,7 @@ def step_record(cell: Cell, rows: HookRows, log: StepLog, step: int) -> dict[str
     s = objective.input_scale
     x_hat = log.x + result.error
     to_raw = 1 / objective.loss_scale
-    loss_l2 = float(log.error_weight.double() @ result.sq_error.double()) * to_raw
+    loss_l2 = float(log.error_weight.double() @ result.distance.double()) * to_raw
     loss_sparsity = float(log.sparsity_weight.double() @ result.penalty.double()) * to_raw
     l1_scale = 1 / s if objective.nonlinearity.homogeneous else 1.0
     x_sq = torch.linalg.vecdot(log.x, log.x)
@@ -45,6 +45,7 @@ def step_record(cell: Cell, rows: HookRows, log: StepLog, step: int) -> dict[str
         l0=result.l0,
         l1=result.l1 * l1_scale,
         weight_error=log.plain_error_weight,
+        distance=result.distance,
         penalty=result.penalty,
         # Without β: a share and a slope do not need it, and it is 0 when a warm-up begins.
         weight_sparsity=objective.row_weights(rows.norm, rows.zero)[1],
@@ -60,6 +61,7 @@ def step_record(cell: Cell, rows: HookRows, log: StepLog, step: int) -> dict[str
         "loss_sparsity": loss_sparsity,
         **batch,
         "dead_fraction_window": cell.window.dead_fraction(),
+        "resampled": cell.resampled,
         "alpha": log.alpha,
         "lr": log.lr,
         **shares,
