@@ -28,10 +28,10 @@ def test_the_logged_loss_is_that_of_the_cosine(run, workspace, monkeypatch, act)
     seen: list[tuple] = []
     step = Cell.train_step
 
-    def spy(cell: Cell, rows, number):
+    def spy(cell: Cell, rows, number, *more):
         if number == 0:
             seen.append((cell.saved_sae(), rows.copy(), cell.objective))
-        return step(cell, rows, number)
+        return step(cell, rows, number, *more)
 
     monkeypatch.setattr(Cell, "train_step", spy)
     run("sae", act=act, l2_norm="cosine", alpha_warm_up="0", **OFFERED[act])

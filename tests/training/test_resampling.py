@@ -219,10 +219,10 @@ def plant(monkeypatch):
     """Switches the first 12 features off for good at step 0; → the steps after which something was resampled."""
     step, resample, steps = Cell.train_step, Resampler.resample, []
 
-    def planted(cell: Cell, rows, number):
+    def planted(cell: Cell, rows, number, *more):
         if number == 0:
             cell.weights.b_enc[:12] = -1e4
-        return step(cell, rows, number)
+        return step(cell, rows, number, *more)
 
     def spy(self, *arguments):
         before = self.count

@@ -66,6 +66,10 @@ def command(
             help="* Sparsity coefficient α [default: relu 0.2, tanh-relu 0.03, jumprelu 0.003]; none with topk.",
         ),
     ] = None,
+    alpha_from: Annotated[
+        str | None,
+        typer.Option(metavar="SAE", help="α as SAEs trained alike, at whatever layer, found it by --target-l0."),
+    ] = None,
     alpha_scale: Annotated[
         str, typer.Option(metavar="layer-norm|none|note", help="* How the penalty's weight β follows from α.")
     ] = "layer-norm",

@@ -153,9 +153,9 @@ class Objective:
         """The weights of D and S per row [B], n'^(−p) and n'^(−q), of raw norms [B]; both 0 on zero rows."""
         return self._weight(self.weight_power, norm, zero), self._weight(self.l1_power, norm, zero)
 
-    def squared_error_weight(self, norm: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        """n'^(−p) per row [B]: what a squared error beside D has to be weighed with to be of D's degree."""
-        return self._weight(self.l2_power, norm, zero)
+    def squared_error_weight(self, weight: torch.Tensor, norm: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """What a squared error beside D has to be weighed with to be of its degree, [B]; `weight` is that of D."""
+        return weight * self._weight(2 - self.distance.degree, norm, zero)
 
     def _weight(self, power: int, norm: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         scaled = torch.where(zero, torch.ones_like(norm), norm * self.input_scale)

@@ -154,7 +154,7 @@ class Cell:
                 self.weights,
                 self.window.silent(),
                 k_aux=config.aux_k,
-                error_weight=objective.squared_error_weight(rows.norm, rows.zero) / len(rows.norm),
+                error_weight=objective.squared_error_weight(error_weight, rows.norm, rows.zero),
                 noise=noise,
             )
         self._refuse_non_finite(gradients, step)

@@ -107,6 +107,7 @@ class TrainOptions(BaseModel):
     decoder: Annotated[list[Decoder], _Split] | None = Field(None, description="what W_dec's rows may do")
     sparsity: Annotated[list[Sparsity], _Split] | None = Field(None, description="sparsity penalty")
     alpha: Annotated[list[NonNegative], _Split] | None = Field(None, description="sparsity coefficient α")
+    alpha_from: str | None = Field(None, min_length=1, description="take α from SAEs that found it for a target L0")
     alpha_scale: Annotated[list[AlphaScale], _Split] = Field(["layer-norm"], description="how β follows from α")
     alpha_warm_up: Fraction = Field(0.2, ge=0, le=1, description="share of the steps over which α rises to its value")
     target_l0: Annotated[list[Positive], _Split] | None = Field(
@@ -218,6 +219,11 @@ def expand_cells(options: TrainOptions, hooks: list[str], d_in: int, epoch_rows:
         option = "--d-sae" if options.d_sae else "--expansion-factor, number of features"
         raise UsageError.from_problems([*problems, f"{option} {min(widths)}: expected at least 1"])
     problems |= dict.fromkeys(_misplaced(options))
+    if options.alpha_from is not None:
+        if options.alpha is not None:
+            problems["--alpha and --alpha-from both set α; give one of them"] = None
+        if not _PENALISED & set(options.act):
+            problems[f"--alpha-from: --act {','.join(options.act)} has no α, its L0 is set by --k"] = None
     resample_dead = _resampling_interval(options, tokens // options.batch_size)
     if isinstance(resample_dead, str):
         problems[resample_dead] = None
