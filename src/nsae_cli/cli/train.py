@@ -37,6 +37,13 @@ def command(
     l1_norm: Annotated[
         str, typer.Option(metavar="none|norm", help="* Divide the sparsity penalty by nothing or ‖x‖.")
     ] = "none",
+    row_weights: Annotated[
+        str,
+        typer.Option(
+            metavar="plain|mean-one|permuted",
+            help="* These weights as they are; or, as controls, of equal mean in every batch, or shuffled among rows.",
+        ),
+    ] = "plain",
     decoder: Annotated[
         str | None,
         typer.Option(

@@ -19,6 +19,7 @@ from nsae_cli.store.batches import HookRows, stable_seed
 from nsae_cli.store.profile import HookProfile
 from nsae_cli.training.l0_control import NOISE_FREE_EVERY, L0Control, gains_of, mean_l0, noise_free_l0
 from nsae_cli.training.options import CellConfig
+from nsae_cli.training.row_weights import batch_weights
 from nsae_cli.training.schedule import is_logged, learning_rate, ramp
 from nsae_cli.training.threshold import BatchThreshold
 
@@ -45,11 +46,16 @@ def make_objective(config: CellConfig, profile: HookProfile, d_in: int) -> Objec
 
 @dataclass(frozen=True)
 class StepLog:
-    """A step's kernel result with what is needed to put it into raw units."""
+    """A step's kernel result with what is needed to put it into raw units.
+
+    `plain_error_weight` are the weights of the error as they would be with ``--row-weights plain``: which rows the loss
+    listens to is told with these, so that SAEs of other row weights compare.
+    """
 
     result: StepResult
     x: torch.Tensor
     error_weight: torch.Tensor
+    plain_error_weight: torch.Tensor
     sparsity_weight: torch.Tensor
     alpha: float
     lr: float
@@ -63,11 +69,16 @@ class Cell:
         objective: its loss, from `make_objective`.
         weights: initial weights in scaled units, on the training device; taken over and updated in place.
         kernel: what to step with.
+        norm_scale: ñ of the hook.
     """
 
-    def __init__(self, config: CellConfig, objective: Objective, weights: Weights, kernel: Choice) -> None:
+    def __init__(
+        self, config: CellConfig, objective: Objective, weights: Weights, kernel: Choice, norm_scale: float
+    ) -> None:
         self.config = config
         self._start_objective = objective
+        typical = norm_scale * objective.input_scale
+        self._typical_weights = (typical**-objective.l2_power, typical**-objective.l1_power)
         if objective.nonlinearity.selection.bandwidth is not None:
             weights.log_threshold = torch.zeros_like(weights.b_enc)
         self.weights = weights = weights.by_feature()
@@ -80,6 +91,7 @@ class Cell:
         self.control: L0Control | None = None
         if config.target_l0 is not None:
             self.control = L0Control(config.target_l0, config.alpha, gains_of(config.act))
+        self._held_out_l0: float | None = None
 
     @property
     def alpha(self) -> float:
@@ -97,13 +109,12 @@ class Cell:
             return start
         return dataclasses.replace(start, beta=start.beta * (alpha / self.config.alpha))  # β ∝ α, whatever the rule
 
-    def train_step(self, rows: HookRows, step: int, held_out: HookRows | None = None) -> StepLog:
+    def train_step(self, rows: HookRows, step: int) -> StepLog:
         """One optimizer step on a batch.
 
         Args:
             rows: the batch, on the training device.
             step: 0-based number of this step.
-            held_out: rows to compare the batch's L0 with, for the control of L0; on the training device.
 
         Raises:
             NumericalError: loss or gradient is not finite; the weights are still those before the step.
@@ -114,7 +125,10 @@ class Cell:
         ramped = ramp(step, config.steps, config.alpha_warm_up)
         # A copy: cells of a grid share the rows, and those of a float32 store are float32 already.
         x = rows.x.to(torch.float32, copy=True).mul_(objective.input_scale)
-        per_row_error, per_row_sparsity = objective.row_weights(rows.norm, rows.zero)
+        plain = objective.row_weights(rows.norm, rows.zero)
+        per_row_error, per_row_sparsity = batch_weights(
+            config.row_weights, plain, rows.zero, self._typical_weights, config.seed, step
+        )
         error_weight = per_row_error / len(rows.norm)
         sparsity_weight = per_row_sparsity * (objective.beta_scaled * ramped / len(rows.norm))
         noise = self._noise(len(rows.norm), step)
@@ -143,33 +157,32 @@ class Cell:
         self._refuse_non_finite(gradients, step)
         lr = learning_rate(step, config.steps, config.lr, config.lr_warm_up, config.lr_decay)
         if control is not None and ramped == 1:
-            self._control_l0(control, x, rows, result, step, lr / config.lr, held_out)
+            self._control_l0(control, x, rows, result, step, lr / config.lr)
         self._updater.step(gradients, lr)
         self.window.update(result.fired, len(rows.norm))
         if self._threshold is not None:
             assert result.least_act is not None
             self._threshold.update(result.least_act)
         self._zero_rows += rows.zero.sum()  # stays on the device: reading it here would make every step wait
-        return StepLog(result, x, error_weight, sparsity_weight, alpha * ramped, lr)
+        return StepLog(result, x, error_weight, plain[0] / len(rows.norm), sparsity_weight, alpha * ramped, lr)
+
+    def look_at_held_out(self, rows: HookRows) -> None:
+        """Counts L0 of held-out rows (on the training device); the next step compares its batch's with it."""
+        if self.control is not None:
+            scaled = rows.x.to(torch.float32) * self._start_objective.input_scale
+            self._held_out_l0 = mean_l0(noise_free_l0(scaled, self.weights), rows)
 
     def _control_l0(
-        self,
-        control: L0Control,
-        x: torch.Tensor,
-        rows: HookRows,
-        result: StepResult,
-        step: int,
-        lr_share: float,
-        held_out: HookRows | None,
+        self, control: L0Control, x: torch.Tensor, rows: HookRows, result: StepResult, step: int, lr_share: float
     ) -> None:
-        """Shows the control a batch's L0, and that of held-out rows, at the weights before this step's update."""
+        """Shows the control a batch's L0, at the weights before this step's update."""
         every = NOISE_FREE_EVERY if self.config.noise else 1
-        if step % every and held_out is None:
+        held_out_l0, self._held_out_l0 = self._held_out_l0, None
+        if step % every and held_out_l0 is None:
             return
         mean = mean_l0(noise_free_l0(x, self.weights) if self.config.noise else result.l0, rows)
-        if held_out is not None:
-            scaled = held_out.x.to(torch.float32) * self._start_objective.input_scale
-            control.compare(mean, mean_l0(noise_free_l0(scaled, self.weights), held_out))
+        if held_out_l0 is not None:
+            control.compare(mean, held_out_l0)
         if step % every == 0 and mean == mean:  # NaN: the batch has no non-sink row
             control.update(mean, lr_share * every)
 

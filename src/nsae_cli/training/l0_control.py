@@ -18,8 +18,9 @@ TOLERANCE = 0.02
 ALPHA_RANGE = 1e4
 #: With noise on pre-activations the noise-free L0 costs a product of its own, so it is taken every so many steps.
 NOISE_FREE_EVERY = 4
-#: Training rows are compared with held-out rows so many times in a run, from this share of the steps on.
-_COMPARISONS, _COMPARED_FROM = 100, 0.4
+#: Training rows are compared with held-out rows every 100th part of a run, from this share of the steps on: the
+#: control has begun by then (`options.LATEST_CONTROL`).
+_COMPARISONS, _COMPARED_FROM = 100, 0.5
 #: Held-out rows of one comparison, about; the next one takes others.
 _COMPARED_ROWS = 4096
 

@@ -14,6 +14,7 @@ from nsae_cli.errors import UsageError
 from nsae_cli.kernels.auxk import default_k_aux
 from nsae_cli.kernels.options import KernelOption, PrecisionOption
 from nsae_cli.sae.objective import DEFAULT_ALPHA, DEFAULT_DECODER, DEFAULT_SPARSITY, refused_combination
+from nsae_cli.training.row_weights import RowWeights
 from nsae_cli.training.schedule import probe_interval
 from nsae_cli.values import Fraction, Size, split_list
 
@@ -79,6 +80,9 @@ class TrainOptions(BaseModel):
     act: Annotated[list[Act], _Split] = Field(["relu"], description="activation")
     l2_norm: Annotated[list[L2Norm], _Split] = Field(["none"], description="divide the squared error by 1, ‖x‖ or ‖x‖²")
     l1_norm: Annotated[list[L1Norm], _Split] = Field(["none"], description="divide the sparsity penalty by 1 or ‖x‖")
+    row_weights: Annotated[list[RowWeights], _Split] = Field(
+        ["plain"], description="the weights that l2_norm and l1_norm give to rows: as they are, or a control of them"
+    )
     decoder: Annotated[list[Decoder], _Split] | None = Field(None, description="what W_dec's rows may do")
     sparsity: Annotated[list[Sparsity], _Split] | None = Field(None, description="sparsity penalty")
     alpha: Annotated[list[NonNegative], _Split] | None = Field(None, description="sparsity coefficient α")
@@ -152,6 +156,7 @@ class CellConfig(BaseModel):
     # What later versions added; a run.json from before has none of it.
     probe_every: int | None = None
     target_l0: float | None = None
+    row_weights: RowWeights = "plain"
 
     @property
     def steps(self) -> int:
@@ -194,6 +199,7 @@ def expand_cells(options: TrainOptions, hooks: list[str], d_in: int, epoch_rows:
         "act": list(options.act),
         "l2_norm": list(options.l2_norm),
         "l1_norm": list(options.l1_norm),
+        "row_weights": list(options.row_weights),
         "decoder": list(options.decoder or by_default),
         "sparsity": list(options.sparsity or by_default),
         "alpha": list(options.alpha or by_default),
@@ -290,7 +296,7 @@ def _with_defaults(cell: dict[str, Any]) -> dict[str, Any]:
 def _cell_name(cell: CellConfig, options: TrainOptions, hook_names: dict[str, str]) -> str:
     """``L6`` plus the options that were given as lists."""
     parts = [hook_names[cell.hook]]
-    bare = ("act", "l2_norm", "decoder", "sparsity", "alpha_scale", "sinks")
+    bare = ("act", "l2_norm", "row_weights", "decoder", "sparsity", "alpha_scale", "sinks")
     prefixed = {"l1_norm": "l1", "alpha": "alpha", "k": "k", "bandwidth": "bandwidth", "noise": "noise", "lr": "lr"}
     prefixed |= {"seed": "seed", "target_l0": "l0_"}
     for field in TrainOptions.model_fields:

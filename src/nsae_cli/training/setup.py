@@ -80,7 +80,8 @@ def make_cells(
         config = plan.configs[name]
         shapes = ((d_in, config.d_sae), (config.d_sae,), (config.d_sae, d_in), (d_in,))
         weights = Weights(*(torch.zeros(shape, device=kernel.device) for shape in shapes))
-        cells[name] = Cell(config, make_objective(config, profiles[config.hook], d_in), weights, kernel)
+        profile = profiles[config.hook]
+        cells[name] = Cell(config, make_objective(config, profile, d_in), weights, kernel, profile.norm_scale)
     return cells
 
 

@@ -119,8 +119,10 @@ class StepLoop:
         def advance(name: str) -> dict[str, Any] | None:
             cell = self._cells[name]
             rows = taken[stream_key(cell.config)][cell.config.hook]
+            if cell.config.hook in compared:
+                cell.look_at_held_out(compared[cell.config.hook])
             probe = self._probes[name].measure(cell, step)
-            log = cell.train_step(rows, step, compared.get(cell.config.hook))
+            log = cell.train_step(rows, step)
             if not is_logged(step, cell.config.steps, cell.config.probe_every):
                 return None
             record = step_record(cell, rows, log, step) | {"probe": probe}
