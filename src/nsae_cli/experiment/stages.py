@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from nsae_cli.analysis.comparison import CompareOptions
+from nsae_cli.analysis.comparison_artifact import run_compare
 from nsae_cli.analysis.norms_artifact import NormsOptions, run_norms
 from nsae_cli.analysis.top_norms_artifact import TopNormsOptions, run_top_norms
 from nsae_cli.experiment.train import TrainCommandOptions, choose_source
@@ -112,6 +114,11 @@ def _analyze(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Re
     return StageResult("analyze-top-norms", artifacts, documents, analysis.figures, analysis.already_complete)
 
 
+def _compare(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:
+    result = run_compare(inputs, stage.options, workspace, stage.name, reporter)
+    return StageResult("compare", [result.artifact], [result.document], result.figures, result.already_complete)
+
+
 COMMANDS: dict[str, CommandSpec] = {
     "collect": CommandSpec(CollectConfig, Kind.ACTIVATIONS, None, None, _collect),
     "norms": CommandSpec(NormsOptions, Kind.NORMS, "activations", Kind.ACTIVATIONS, _norms),
@@ -121,4 +128,5 @@ COMMANDS: dict[str, CommandSpec] = {
     "analyze-top-norms": CommandSpec(
         TopNormsOptions, Kind.TOP_NORMS, "saes", Kind.SAE, _analyze, several_inputs=True, store_key="activations"
     ),
+    "compare": CommandSpec(CompareOptions, Kind.TABLE, "saes", Kind.SAE, _compare, several_inputs=True),
 }

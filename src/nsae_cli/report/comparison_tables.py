@@ -1,0 +1,68 @@
+"""table.json on a terminal: a block per group, then predictions and conclusion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from nsae_cli.report import comparison_text as text
+from nsae_cli.report import format as fmt
+from nsae_cli.report.layout import Column, WideTable
+
+
+def comparison_table(document: Mapping[str, Any]) -> RenderableType:
+    """The table of every group, what missed its L0, the predictions with data, and the conclusion."""
+    parts: list[RenderableType] = []
+    for group in document["groups"]:
+        parts += [_group_table(group), ""]
+    parts.append(Text(text.LEGEND, style="dim"))
+    parts += [Text(note, style="dim") for note in document["notes"]]
+    if document["missed_l0"]:
+        parts += ["", Text("Target L0 missed", style="bold")]
+        parts += [Text(missed_line(entry)) for entry in document["missed_l0"]]
+    checked = [prediction for prediction in document["predictions"] if not prediction["no_data"]]
+    if checked:
+        parts += ["", Text("Predictions", style="bold")]
+        parts += [
+            Text.assemble((f"{p['id']} {p['verdict']}", "bold"), f": {p['statement']}", overflow="fold")
+            for p in checked
+        ]
+    parts += ["", Text("Conclusion", style="bold"), *(Text(sentence) for sentence in document["conclusion"])]
+    return Group(*parts)
+
+
+def missed_line(entry: Mapping[str, Any]) -> str:
+    """One SAE that missed its target."""
+    return (
+        f"{entry['sae']} ({entry['arm']}, seed {entry['seed']}): target {entry['target_l0']:g}, "
+        f"held-out L0 {fmt.number(entry['l0_ns'])}: {entry['why']}"
+    )
+
+
+def _group_table(group: Mapping[str, Any]) -> RenderableType:
+    rows: Sequence[Mapping[str, Any]] = group["rows"]
+    keys = [
+        Column("arm", [row["arm"] for row in rows]),
+        Column("L0\ntarget", [row["level"] for row in rows]),
+    ]
+    present = {name for name, _, _ in text.present_columns(rows)}
+    marked = {
+        metric: [text.mark_cell(text.with_p0(row), metric) for row in rows] for metric in ("fvu_p0_ns", "delta_ce_ns")
+    }
+    groups = []
+    for name, heading, share in text.COLUMNS:
+        if name not in present:
+            continue
+        column = Column(heading.replace(" ", "\n"), [text.spread(row["metrics"][name], share) for row in rows])
+        block = [column]
+        if name in marked and any(marked[name]):
+            block.append(Column("against\np=0", marked[name], left=True))
+        groups.append(block)
+    groups.append([Column("seeds", [str(len(row["seeds"])) for row in rows])])
+    levels = [row["level"] for row in rows]
+    gaps = frozenset(i for i in range(len(rows) - 1) if levels[i] != levels[i + 1])
+    title = f"{group['label']} · {fmt.source_line(group)}"
+    return WideTable(keys, groups, title=title, sections=gaps)
