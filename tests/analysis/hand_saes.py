@@ -94,7 +94,8 @@ def write_eval(
     log_norm = common.normal(1.4, 0.2, (contexts, 100))
     log_rho = -1.5 + nbi * (log_norm - 1.4) + spread * common.standard_normal((contexts, 100))
     moments = np.stack(
-        [np.full(contexts, 100.0), log_norm.sum(1), log_rho.sum(1), (log_norm**2).sum(1), (log_norm * log_rho).sum(1)], 1
+        [np.full(contexts, 100.0), log_norm.sum(1), log_rho.sum(1), (log_norm**2).sum(1), (log_norm * log_rho).sum(1)],
+        1,
     )
     sums = {
         "context": np.arange(19, 19 + 20 * contexts, 20),

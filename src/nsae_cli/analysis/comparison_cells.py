@@ -22,7 +22,7 @@ _POWER = {"none": "p=0", "norm": "p=1", "sq": "p=2"}
 #: Options that name a group, a level or a seed, that an arm's name holds anyway, or that change no result.
 _NOT_IN_AN_ARM = frozenset(
     ("hook", "act", "l2_norm", "l1_norm", "decoder", "sparsity", "alpha", "alpha_scale", "row_weights", "target_l0",
-     "k", "noise", "sinks", "seed", "deterministic")
+     "k", "noise", "sinks", "seed", "deterministic", "probe_every")
 )  # fmt: skip
 
 
@@ -230,7 +230,7 @@ def sort_into_groups(saes: Sequence[Sae]) -> list[Group]:
         alike = [other for other in groups if other.label == group.label]
         for number, other in enumerate(alike[1:], start=2):
             other.version = f" ({number})"
-    return sorted(groups, key=lambda group: (bool(group.altered), group.label))
+    return sorted(groups, key=lambda group: (bool(group.altered), group.data, group.hook, group.sinks != "keep"))
 
 
 def _group(members: Sequence[Sae]) -> Group:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nsae_cli.analysis.prediction_verdicts import shown
+from nsae_cli.analysis.prediction_verdicts import shown, shown_range
 
 #: Arms whose MRE of sinks is above this have given the sinks up.
 _LOST = 0.5
@@ -20,7 +20,7 @@ def conclude(
 ) -> list[str]:
     """Sentences from a comparison's groups, predictions and missed targets, at most about half a page."""
     groups = [group for group in groups if not group["altered"]] or list(groups)
-    against = _against_p0(groups)
+    against = _against(groups, "p=0")
     sentences = [_what_was_compared(groups, missed)]
     if not against:
         sentences.append("No two arms could be compared: none has a p=0 arm of its activation beside it.")
@@ -28,7 +28,8 @@ def conclude(
     sentences += [_marks_of(arm, entries) for arm, entries in main.items()]
     sentences += _shift(groups)
     sentences += _sinks(groups)
-    sentences += _others(against.keys() - main.keys(), against)
+    sentences += _others("Controls and baselines", {a: e for a, e in against.items() if a not in main})
+    sentences += _others("All arms", _against(groups, "baseline"))
     sentences += _verdicts(predictions)
     sentences += _advice(groups, main)
     return sentences
@@ -39,13 +40,13 @@ def _is_plain(arm: str) -> bool:
     return all(part in _NAMES or part == "q=1" for part in arm.split()[1:])
 
 
-def _against_p0(groups: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Comparisons with the p = 0 arm by arm, in the table's order."""
+def _against(groups: Sequence[Mapping[str, Any]], kind: str) -> dict[str, list[Mapping[str, Any]]]:
+    """Comparisons with the p = 0 arm, or with the chosen baseline, by arm and in the table's order."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for group in groups:
         for row in group["rows"]:
             for compared in row["comparisons"]:
-                if compared["kind"] == "p=0":
+                if compared["kind"] == kind:
                     found.setdefault(row["arm"], []).append(compared)
     return found
 
@@ -92,19 +93,23 @@ def _range_of_differences(entries: Sequence[Mapping[str, Any]], metric: str) -> 
     found = [entry["metrics"][metric] for entry in entries if entry["metrics"].get(metric)]
     if metric == "fvu_p0_ns":
         values = [100 * entry["relative"] for entry in found if entry["relative"] is not None]
-        unit = " %"
+        unit, digits = " %", 1
     else:
-        values, unit = [entry["difference"] for entry in found], " nats"
+        values, unit, digits = [entry["difference"] for entry in found], " nats", 4
     if not values:
         return ""
-    low, high = (f"{'+' if value > 0 else ''}{shown(value)}" for value in (min(values), max(values)))
+    low, high = (_signed(value, digits) for value in (min(values), max(values)))
     return f" ({low}{unit})" if low == high else f" ({low} to {high}{unit})"
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−") if round(value, digits) else "0"
 
 
 def _shift(groups: Sequence[Mapping[str, Any]]) -> list[str]:
     """Whether the slope of error on norm moves with the loss."""
     found: dict[str, list[Mapping[str, Any]]] = {}
-    for arm, entries in _against_p0(groups).items():
+    for arm, entries in _against(groups, "p=0").items():
         if _is_plain(arm):
             found[arm] = [e["metrics"]["nbi"] for e in entries if e["status"] == "matched" and e["metrics"].get("nbi")]
     sentences = []
@@ -114,7 +119,7 @@ def _shift(groups: Sequence[Mapping[str, Any]]) -> list[str]:
             continue
         differences = [entry["difference"] for entry in entries]
         tally = ", ".join(f"{marks[mark]} {mark}" for mark in ("higher", "lower", "undecided") if marks[mark])
-        sentences.append(f"{arm}: {tally} (nbi differs by {shown(min(differences))} to {shown(max(differences))})")
+        sentences.append(f"{arm}: {tally} (nbi differs by {shown_range(differences)})")
     if not sentences:
         return []
     return ["Slope of log relative error on log norm (nbi) against p=0; higher shifts accuracy from long tokens to "
@@ -135,21 +140,21 @@ def _sinks(groups: Sequence[Mapping[str, Any]]) -> list[str]:
         return ["No arm trained with sinks gave them up (relative error of sinks at most "
                 f"{shown(max(v for values in kept.values() for v in values))})."]  # fmt: skip
     text = "; ".join(
-        f"{arm} in {len(values)} of {len(values) + len(kept.get(arm, []))} cells (relative error "
-        f"{shown(min(values))} to {shown(max(values))})"
+        f"{arm} in {len(values)} of {len(values) + len(kept.get(arm, []))} cells (relative error {shown_range(values)})"
         for arm, values in lost.items()
     )
     return [f"Trained with sinks, these gave them up: {text}."]
 
 
-def _others(arms: Any, against: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """Controls and baselines in one sentence."""
-    parts = []
-    for arm in (arm for arm in against if arm in arms):
-        marks = _marks(against[arm], "fvu_p0_ns")
+def _others(what: str, against: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """FVU of several arms against what they were compared with, in one sentence."""
+    by_base: dict[str, list[str]] = {}
+    for arm, entries in against.items():
+        marks = _marks(entries, "fvu_p0_ns")
         if marks:
-            parts.append(f"{arm} {_tally(marks)}{_range_of_differences(against[arm], 'fvu_p0_ns')}")
-    return [f"Controls and baselines, FVU against p=0 of the same activation: {'; '.join(parts)}."] if parts else []
+            text = f"{arm} {_tally(marks)}{_range_of_differences(entries, 'fvu_p0_ns')}"
+            by_base.setdefault(entries[0]["with"], []).append(text)
+    return [f"{what}, FVU of ordinary tokens against {base}: {'; '.join(parts)}." for base, parts in by_base.items()]
 
 
 def _verdicts(predictions: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -202,7 +207,7 @@ def _advice_for(act: str, arms: Mapping[str, Sequence[Mapping[str, Any]]], group
             for row in group["rows"]
         ):
             said[-1] += (
-                ", but it gives sinks up where they are trained on: use --sinks drop, or splice it in at other tokens only"  # noqa: E501
+                " (it gives sinks up where they are trained on: use --sinks drop, or splice it in elsewhere only)"
             )
     return f"Choosing --l2-norm for {act}: " + "; ".join(said) + "."
 

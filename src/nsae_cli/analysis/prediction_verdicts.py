@@ -71,10 +71,10 @@ class Prediction:
 
 
 def lies_within(interval: Interval | None, low: float, high: float) -> Verdict:
-    """Whether an interval lies inside [low, high] (confirmed), outside of it (refuted), or neither."""
+    """Whether an interval lies inside (low, high), the ends not included (confirmed), outside (refuted), or neither."""
     if interval is None:
         return "undecided"
-    if low <= interval[0] and interval[1] <= high:
+    if low < interval[0] and interval[1] < high:
         return "confirmed"
     return "refuted" if interval[1] < low or interval[0] > high else "undecided"
 
@@ -95,6 +95,12 @@ def every(values: Sequence[float], holds: Sequence[bool]) -> Verdict:
 def shown(value: float | None) -> str:
     """Three digits, with a sign of its own."""
     return "–" if value is None else f"{value:.3g}".replace("-", "−")
+
+
+def shown_range(values: Sequence[float]) -> str:
+    """``0.1 to 0.3``; one number where both ends read the same."""
+    low, high = shown(min(values)), shown(max(values))
+    return low if low == high else f"{low} to {high}"
 
 
 def shown_interval(interval: Interval | None) -> str:

@@ -25,6 +25,7 @@ from nsae_cli.analysis.prediction_verdicts import (
     lies_within,
     shown,
     shown_interval,
+    shown_range,
 )
 from nsae_cli.analysis.predictions_gradients import gradients_of_sinks
 from nsae_cli.analysis.predictions_layers import note_rule_across_layers, own_rule_across_layers
@@ -187,20 +188,20 @@ def sinks_given_up(comparison: Comparison) -> Prediction:
         pulls = {seed: pull for seed, sae in sorted(row.by_seed.items()) if (pull := _pull(sae)) is not None}
         if not pulls:
             continue
-        lowest, highest = min(pulls.values()), max(pulls.values())
-        if lowest < 2:
-            prediction.remarks.append(f"{_place(group, row)}: β·n₀ {shown(lowest)} to {shown(highest)}, not always ≥ 2")
+        if min(pulls.values()) < 2:
+            found = shown_range(list(pulls.values()))
+            prediction.remarks.append(f"{_place(group, row)}: β·n₀ {found}, where nothing is predicted below 2")
         saes = [row.by_seed[seed] for seed, pull in pulls.items() if pull >= 2]
         if not saes:
             continue
         looked_at = True
-        where = f"{_place(group, row)}, β·n₀ {shown(min(p for p in pulls.values() if p >= 2))} to {shown(highest)}"
+        where = f"{_place(group, row)}, β·n₀ {shown_range([pull for pull in pulls.values() if pull >= 2])}"
         for metric, label, holds in (
             ("mre_sinks", "MRE of sinks", lambda value: value >= 0.9),
             ("norm_ratio_sinks", "norm ratio of sinks", lambda value: value <= 0.1),
         ):
             values = [value for sae in saes if (value := sae.value(metric)) is not None]
-            text = f"{where}: {label} {shown(min(values))} to {shown(max(values))}" if values else ""
+            text = f"{where}: {label} {shown_range(values)}" if values else ""
             if values:
                 prediction.clauses.append(Clause(every(values, [holds(value) for value in values]), text))
         _behaviour_of_ordinary_tokens(prediction, group, row, saes)
@@ -222,7 +223,7 @@ def _behaviour_of_ordinary_tokens(prediction: Prediction, group: Group, row: Row
     if not ratios:
         prediction.lacks("evaluations (nsae eval) of the relu p=2 SAEs, for ΔCE")
         return
-    text = f"{_place(group, row)}: ΔCE_all ÷ ΔCE_ns {shown(min(ratios))} to {shown(max(ratios))}"
+    text = f"{_place(group, row)}: ΔCE_all ÷ ΔCE_ns {shown_range(ratios)}"
     prediction.clauses.append(Clause(every(ratios, [ratio >= 10 for ratio in ratios]), text))
     other = group.find(NORM, row.level)
     relative = []

@@ -12,7 +12,15 @@ import numpy as np
 from nsae_cli.analysis.comparison import Comparison
 from nsae_cli.analysis.comparison_cells import Group, Sae
 from nsae_cli.analysis.comparison_statistics import t_interval
-from nsae_cli.analysis.prediction_verdicts import Clause, Prediction, every, lies_within, shown, shown_interval
+from nsae_cli.analysis.prediction_verdicts import (
+    Clause,
+    Prediction,
+    every,
+    lies_within,
+    shown,
+    shown_interval,
+    shown_range,
+)
 from nsae_cli.errors import NsaeError
 from nsae_cli.store.contexts import Contexts
 from nsae_cli.store.profile import profile_hook
@@ -110,9 +118,7 @@ def _later(prediction: Prediction, where: str, logs: Mapping[Sae, list[tuple[int
             steps.append(tail[-1][0])
     if not ends:
         return
-    text = (
-        f"{where}: sinks' share of the gradient around step {min(steps):,} is {shown(min(ends))} to {shown(max(ends))}"
-    )
+    text = f"{where}: sinks' share of the gradient around step {min(steps):,} is {shown_range(ends)}"
     verdict = every(ends, [end < _FALLEN for end in ends])
     if verdict == "refuted" and min(steps) < _WITHIN_STEPS / 2:
         verdict, text = "undecided", f"{text}, but training ended there"

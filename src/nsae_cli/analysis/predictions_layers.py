@@ -62,7 +62,7 @@ def note_rule_across_layers(comparison: Comparison) -> Prediction:
     """P6: the note's β makes relu's L0 less uniform over layers than layer-norm."""
     prediction = Prediction(
         "P6",
-        "the rule note (β = α·mean n^(2−p), sinks included) makes relu's L0 less uniform over layers than layer-norm does",
+        "the rule note (β = α·mean n^(2−p), sinks included) makes relu's L0 less uniform over layers than layer-norm",
     )
     sweeps = _sweeps(comparison)
     for p, q in sorted({(key[1], key[2]) for key in sweeps if key[0] == "relu"}):

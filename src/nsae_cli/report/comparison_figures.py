@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from nsae_cli.report import comparison_text as text
 from nsae_cli.report import format as fmt
@@ -109,7 +109,10 @@ def _log_axis(axes: Axes, which: str, values: np.ndarray) -> None:
     axis = axes.xaxis if which == "x" else axes.yaxis
     if values.max() / values.min() > 1.5:
         (axes.set_xscale if which == "x" else axes.set_yscale)("log")
-        axis.set_major_locator(log_ticks(values.min(), values.max()))
+        few = values.max() / values.min() < 4  # what log_ticks offers would leave one label or two
+        subs = (1, 1.2, 1.4, 1.7, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)
+        axis.set_major_locator(LogLocator(subs=subs) if few else log_ticks(values.min(), values.max()))
+        axis.set_minor_locator(NullLocator())
         axis.set_minor_formatter(NullFormatter())
     axis.set_major_formatter(FuncFormatter(plain_tick))
 
@@ -165,8 +168,10 @@ def _name(row: Mapping[str, Any], compared: Mapping[str, Any]) -> str:
 
 def _draw_difference(axes: Axes, place: int, compared: Mapping[str, Any], metric: str) -> None:
     if compared["status"] != "matched":
-        axes.text(0.5, place, text.unmatched(compared), transform=axes.get_yaxis_transform(), ha="center", va="center",
-                  size=7, color=FAINT)  # fmt: skip
+        axes.text(
+            0.5, place, text.unmatched(compared), transform=axes.get_yaxis_transform(), ha="center", va="center",
+            size=7, color=FAINT, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )  # fmt: skip
         return
     entry = compared["metrics"].get(metric)
     if entry is None:

@@ -11,8 +11,8 @@ from nsae_cli.report import format as fmt
 _MARKS = (
     "Differences are paired by seed and only made at matched L0 (held-out non-sink L0 within 2 % of each other, or "
     "both within 2 % of the target). The first interval is over seeds (Student's t, 95 %), the second over held-out "
-    "contexts (bootstrap of the mean over seeds, 1000 draws, 95 %). **better**, **worse** (**lower**, **higher** for nbi): both "
-    "exclude 0 on the same side; **equivalent**: both lie inside the margin of "
+    "contexts (bootstrap of the mean over seeds, 1000 draws, 95 %). **better**, **worse** (**lower**, **higher** for "
+    "nbi): both exclude 0 on the same side; **equivalent**: both lie inside the margin of "
 )
 
 

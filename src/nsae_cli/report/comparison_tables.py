@@ -27,11 +27,17 @@ def comparison_table(document: Mapping[str, Any]) -> RenderableType:
     if checked:
         parts += ["", Text("Predictions", style="bold")]
         parts += [
-            Text.assemble((f"{p['id']} {p['verdict']}", "bold"), f": {p['statement']}", overflow="fold")
+            Text.assemble((f"{p['id']} {p['verdict']}", "bold"), f" ({_tally(p)}): {p['statement']}", overflow="fold")
             for p in checked
         ]
     parts += ["", Text("Conclusion", style="bold"), *(Text(sentence) for sentence in document["conclusion"])]
     return Group(*parts)
+
+
+def _tally(prediction: Mapping[str, Any]) -> str:
+    """How many checks came out how, and whether some could not be made."""
+    counted = ", ".join(f"{number} {verdict}" for verdict, number in prediction["clauses"].items() if number)
+    return counted + ("; something is missing, see table.md" if prediction["needs"] else "")
 
 
 def missed_line(entry: Mapping[str, Any]) -> str:
@@ -52,16 +58,17 @@ def _group_table(group: Mapping[str, Any]) -> RenderableType:
     marked = {
         metric: [text.mark_cell(text.with_p0(row), metric) for row in rows] for metric in ("fvu_p0_ns", "delta_ce_ns")
     }
-    groups = []
+    groups = [[Column("seeds", [str(len(row["seeds"])) for row in rows])]]
     for name, heading, share in text.COLUMNS:
         if name not in present:
             continue
-        column = Column(heading.replace(" ", "\n"), [text.spread(row["metrics"][name], share) for row in rows])
+        # The spread of every column is in table.md; here it would cost three screens.
+        cells = [row["metrics"][name] if name in marked else {"mean": row["metrics"][name]["mean"]} for row in rows]
+        column = Column(heading.replace(" ", "\n"), [text.spread(cell, share) for cell in cells])
         block = [column]
         if name in marked and any(marked[name]):
             block.append(Column("against\np=0", marked[name], left=True))
         groups.append(block)
-    groups.append([Column("seeds", [str(len(row["seeds"])) for row in rows])])
     levels = [row["level"] for row in rows]
     gaps = frozenset(i for i in range(len(rows) - 1) if levels[i] != levels[i + 1])
     title = f"{group['label']} · {fmt.source_line(group)}"

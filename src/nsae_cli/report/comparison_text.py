@@ -59,6 +59,8 @@ def signed(value: float | None, digits: int = 2) -> str:
     """``+0.013``, ``−2.1``: two digits, with its sign."""
     if value is None:
         return fmt.MISSING
+    if 0 < abs(value) < 1e-4:
+        return f"{'>−' if value < 0 else '<'}0.0001"
     text = fmt.number(abs(value), digits)
     return text if value == 0 else f"{'+' if value > 0 else '−'}{text}"
 
