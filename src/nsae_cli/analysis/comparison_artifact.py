@@ -74,8 +74,6 @@ def run_compare(
         if document["inputs"] == inputs and all(figure.is_file() for figure in figures):
             return TableArtifact(table, document, figures, already_complete=True)
         reporter.note(f"inputs of {name} have changed: made again")
-    commit.make_folder(folder)
-    commit.remove_leftovers(folder)
     comparison = compare(saes, options, _poll)
     with reporter.task("compare", len(comparison.groups), "groups") as task:
         groups = comparison.document(lambda: task.advance(1))
@@ -93,6 +91,8 @@ def run_compare(
         "conclusion": conclude(groups, predictions, missed),
         "notes": _notes(saes, comparison.rows_differ()),
     }
+    commit.make_folder(folder)
+    commit.remove_leftovers(folder)
     figures = _draw(document, folder)
     document["figures"] = [figure.name for figure in figures]
     commit.write_text(folder / "table.md", comparison_markdown(document))

@@ -44,8 +44,10 @@ def comparison_fronts(document: Mapping[str, Any]) -> Figure:
     metrics = metrics or [_FRONTS[0]]
     arms = list(dict.fromkeys(row["arm"] for group in groups for row in group["rows"]))
     with house_style():
-        legend_lines = -(-len(arms) // 3)
-        figure = new_figure(3.4 * len(metrics) + 0.6, 2.7 * len(groups) + 0.9 + 0.22 * legend_lines)
+        width = max(3.4 * len(metrics) + 0.6, 5.5)
+        columns = max(1, int((width - 0.3) / (0.065 * max(map(len, arms)) + 0.55)))
+        legend_lines = -(-len(arms) // columns)
+        figure = new_figure(width, 2.7 * len(groups) + 1.0 + 0.22 * legend_lines)
         panels: np.ndarray = figure.subplots(len(groups), len(metrics), squeeze=False)
         for place, group in enumerate(groups):
             for column, (metric, label) in enumerate(metrics):
@@ -57,7 +59,7 @@ def comparison_fronts(document: Mapping[str, Any]) -> Figure:
                 if column == 0:
                     axes.set_title(group["label"], loc="left")
         handles = [Line2D([], [], label=arm, markersize=5, **_look(arms, arm)) for arm in arms]
-        figure.legend(handles=handles, loc="outside lower center", ncols=3, handlelength=2.4)
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=2.4)
         caption = "Down and to the left is better. Large points: mean over seeds; small: each SAE. Held-out tokens."
         add_header(figure, f"{document['name']}: error against sparsity", caption)
     return figure
@@ -129,7 +131,8 @@ def comparison_differences(group: Mapping[str, Any], options: Mapping[str, Any])
     metrics = [(name, label) for name, label in _SHOWN if any(compared["metrics"].get(name) for _, compared in lines)]
     metrics = metrics or [_SHOWN[0]]
     with house_style():
-        figure = new_figure(2.6 + 2.5 * len(metrics), 1.5 + 0.27 * len(lines))
+        longest = max(len(_name(*line)) for line in lines)
+        figure = new_figure(max(0.065 * longest + 0.3 + 2.5 * len(metrics), 7.0), 2.1 + 0.27 * len(lines))
         panels: np.ndarray = figure.subplots(1, len(metrics), squeeze=False, sharey=True)
         for axes, (metric, label) in zip(panels[0], metrics, strict=True):
             margin = options["ce_margin"] if metric.startswith("delta_ce") else 100 * options["fvu_margin"]
