@@ -67,6 +67,7 @@ def run_compare(
     table = Artifact(Kind.TABLE, name, folder)
     saes, inputs = _load(artifacts, options, workspace, reporter)
     wanted = {"options": options.model_dump(), "saes": [entry["name"] for entry in inputs]}
+    outdated: list[Path] = []
     if (folder / Kind.TABLE.mark).is_file():
         document = read_document(table, required=("options", "inputs", "groups", "figures"))
         figures = [folder / figure for figure in document["figures"]]
@@ -74,6 +75,7 @@ def run_compare(
         if document["inputs"] == inputs and all(figure.is_file() for figure in figures):
             return TableArtifact(table, document, figures, already_complete=True)
         reporter.note(f"inputs of {name} have changed: made again")
+        outdated = figures
     comparison = compare(saes, options, _poll)
     with reporter.task("compare", len(comparison.groups), "groups") as task:
         groups = comparison.document(lambda: task.advance(1))
@@ -97,6 +99,8 @@ def run_compare(
     document["figures"] = [figure.name for figure in figures]
     commit.write_text(folder / "table.md", comparison_markdown(document))
     commit.write_json(folder / Kind.TABLE.mark, document)
+    for figure in set(outdated) - set(figures):
+        commit.remove_file(figure)
     return TableArtifact(table, document, figures, already_complete=False)
 
 

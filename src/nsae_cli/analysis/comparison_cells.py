@@ -7,6 +7,7 @@ kept. An *arm* is everything else in the configuration that varies, apart from w
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 
 from nsae_cli.errors import UsageError
 from nsae_cli.sae.objective import DEFAULT_DECODER, DEFAULT_SPARSITY
+from nsae_cli.training.options import default_lr
 
 _SELECTING = ("topk", "batchtopk")
 _POWER = {"none": "p=0", "norm": "p=1", "sq": "p=2"}
@@ -266,7 +268,7 @@ def _varying_options(members: Sequence[Sae]) -> dict[str, set[str]]:
     for name in names:
         by_act: dict[str, set[str]] = {}
         for sae in members:
-            by_act.setdefault(str(sae.config["act"]), set()).add(json.dumps(sae.config.get(name)))
+            by_act.setdefault(str(sae.config["act"]), set()).add(json.dumps(_given(sae.config, name)))
         given = set().union(*by_act.values()) - {"null"}
         shown = {act for act, values in by_act.items() if len(values) > 1 or (len(given) > 1 and values != {"null"})}
         if shown:
@@ -285,7 +287,11 @@ def _arm(config: Mapping[str, Any], varying: Mapping[str, set[str]], name_scale:
         options.append(f"noise={config['noise']:g}")
     if name_scale and act not in _SELECTING:
         options.append(f"scale={config['alpha_scale']}")
-    options += [f"{name}={_shown(config.get(name))}" for name, acts in varying.items() if act in acts]
+    options += [
+        f"{name}={_shown(name, config.get(name))}"
+        for name, acts in varying.items()
+        if act in acts and (name != "lr" or _given(config, name) is not None)
+    ]
     return Arm(
         act,
         str(config["l2_norm"]),
@@ -295,5 +301,15 @@ def _arm(config: Mapping[str, Any], varying: Mapping[str, set[str]], name_scale:
     )
 
 
-def _shown(value: Any) -> str:
-    return "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+def _given(config: Mapping[str, Any], name: str) -> Any:
+    """An option's value; None for a learning rate that follows from the width, which says nothing new."""
+    value = config.get(name)
+    if name == "lr" and value is not None and math.isclose(value, default_lr(config["d_sae"]), rel_tol=1e-6):
+        return None
+    return value
+
+
+def _shown(name: str, value: Any) -> str:
+    if name in ("tokens", "buffer", "dead_window") and isinstance(value, int):
+        return f"{value / 1e6:g}M" if value % 100_000 == 0 else f"{value / 1e3:g}k" if value % 100 == 0 else str(value)
+    return "off" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

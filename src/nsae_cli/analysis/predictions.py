@@ -254,7 +254,7 @@ def explained_variance_with_sinks(comparison: Comparison) -> Prediction:
     for group in as_collected(comparison):
         saes = [sae for row in group.rows for sae in row.by_seed.values()]
         shares = [share for sae in saes if (share := _sink_variance_share(sae)) is not None]
-        fitted = [sae for sae in saes if (sae.value("mre_sinks") or math.inf) < 0.01]
+        fitted = [sae for sae in saes if (mre := sae.value("mre_sinks")) is not None and mre < 0.01]
         if not shares or not fitted:
             continue
         share = float(np.median(shares))
