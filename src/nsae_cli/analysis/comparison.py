@@ -102,7 +102,7 @@ def _rows_of(sae: Sae) -> tuple[Any, ...]:
         activations.get("manifest_sha256"),
         repr(rows.get("model")),
         repr(rows.get("corpus")),
-        rows.get("context_size"),
+        rows.get("context_size", sae.evaluation.get("context_size")),
         sae.contexts["context"].tobytes(),
     )
 
@@ -355,10 +355,11 @@ def _pair(interval: Interval | None) -> dict[str, float] | None:
 def _why_missed(sae: Sae, l0: float | None) -> str:
     if l0 is None:
         return "no held-out rows: the store has fewer than 20 contexts"
-    told = [str(warning) for warning in sae.run.get("warnings") or []]
+    told = [str(warning) for warning in sae.run.get("warnings") or [] if "--target-l0" in str(warning)]
     if told:
         return "; ".join(told)
     if sae.config["act"] in ("topk", "batchtopk"):
         return "fewer features than k are positive on some rows" if l0 < (sae.target_l0 or 0) else "k is not held"
     counts: Mapping[str, Any] = sae.run.get("counts") or {}
-    return f"α is {sae.run.get('alpha'):.3g} after {counts.get('steps'):,} steps; more steps may be needed"
+    alpha, steps = sae.run.get("alpha"), counts.get("steps")
+    return f"not recorded; α is {alpha} after {steps} steps"
