@@ -58,7 +58,7 @@ class Bootstraps:
     """Resampled metrics of SAEs, each made once. Equal contexts are resampled alike, so that differences are paired."""
 
     def __init__(self, poll: Callable[[], None] = lambda: None) -> None:
-        self._made: dict[str, _Evaluated] = {}
+        self._made: dict[Sae, _Evaluated] = {}
         self._poll = poll
 
     def difference(self, pairs: Sequence[tuple[Sae, Sae]], metric: str) -> tuple[float, Interval] | None:
@@ -84,11 +84,11 @@ class Bootstraps:
         return None if value is None or not np.isfinite(value[0]) else float(value[0])
 
     def _of(self, sae: Sae) -> _Evaluated:
-        if sae.name not in self._made:
+        if sae not in self._made:
             self._poll()
             assert sae.contexts is not None
-            self._made[sae.name] = _Evaluated(context_statistics(sae.contexts), bootstrap(sae.contexts))
-        return self._made[sae.name]
+            self._made[sae] = _Evaluated(context_statistics(sae.contexts), bootstrap(sae.contexts))
+        return self._made[sae]
 
 
 def _rows_of(sae: Sae) -> tuple[Any, ...]:
