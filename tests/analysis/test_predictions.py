@@ -20,7 +20,7 @@ from nsae_cli.analysis.predictions import check_predictions
 SEEDS = range(3)
 
 
-def saes(workspace: Path, altered: Mapping[str, Mapping[str, Any]] | None = None) -> list[Sae]:
+def saes(workspace: Path, altered: Mapping[str, list[dict[str, Any]]] | None = None) -> list[Sae]:
     """Everything that was written, with what was done to the stores by name."""
     found = []
     for path in sorted(workspace.glob("saes/*/*/run.json")):
@@ -40,14 +40,14 @@ def saes(workspace: Path, altered: Mapping[str, Mapping[str, Any]] | None = None
                 run,
                 document,
                 contexts,
-                (altered or {}).get(store, {}),
+                (altered or {}).get(store, []),
                 folder if folder.is_dir() else None,
             )
         )
     return found
 
 
-def check(workspace: Path, which: str, altered: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+def check(workspace: Path, which: str, altered: Mapping[str, list[dict[str, Any]]] | None = None) -> dict[str, Any]:
     predictions = check_predictions(compare(saes(workspace, altered), CompareOptions()))
     [found] = [prediction for prediction in predictions if prediction["id"] == which]
     return found
@@ -78,7 +78,7 @@ def slopes(
             write_eval(workspace, name, nbi=own, spread=0.05, seed=seed)
 
 
-ALTERED = {"shuffled": {"permute_norms": True, "source": {"name": "mini-sink"}}}
+ALTERED = {"shuffled": [{"change": "permute-norms", "seed": 0, "activations": "mini-sink"}]}
 
 
 def test_p1(tmp_path: Path) -> None:
@@ -179,8 +179,8 @@ def test_p3(tmp_path: Path) -> None:
 # P4
 
 
-def stretched(workspace: Path, exponent: float, wobble: float = 0.01) -> dict[str, dict[str, Any]]:
-    altered = {f"by{k}": {"stretch_norms": k, "source": {"name": "mini-sink"}} for k in (0, 2, 4)}
+def stretched(workspace: Path, exponent: float, wobble: float = 0.01) -> dict[str, list[dict[str, Any]]]:
+    altered = {f"by{k}": [{"change": "stretch-norms", "k": k, "activations": "mini-sink"}] for k in (0, 2, 4)}
     for k, store in ((1, "mini-sink"), *((k, f"by{k}") for k in (0, 2, 4))):
         for seed in SEEDS:
             for p, l2_norm in enumerate(("none", "norm", "sq")):

@@ -157,7 +157,7 @@ class Comparison:
             "data": group.data,
             "hook": group.hook,
             "sinks": group.sinks,
-            "altered": dict(group.altered) or None,
+            "altered": [dict(change) for change in group.altered] or None,
             **{key: first.get(key) for key in ("model", "embedded_note", "context_size", "packing", "bos")},
             "sink_rows": (first.get("sinks") or {}).get("total"),
             "rows": [self._row(group, row) for row in group.rows],

@@ -141,7 +141,7 @@ def _load(
 ) -> tuple[list[Sae], list[dict[str, Any]]]:
     """The SAEs, and what identifies everything that was read."""
     evaluations = _Evaluations(workspace, options.evals, reporter)
-    stores: dict[tuple[str, str], tuple[Path | None, dict[str, Any]]] = {}
+    stores: dict[tuple[str, str], tuple[Path | None, list[dict[str, Any]]]] = {}
     saes, inputs = [], []
     for artifact in artifacts:
         _poll()
@@ -185,18 +185,18 @@ def _optional_hash(path: Path) -> str | None:
     return commit.file_sha256(path) if path.is_file() else None
 
 
-def _store(trained_on: Mapping[str, Any], workspace: Workspace) -> tuple[Path | None, dict[str, Any]]:
+def _store(trained_on: Mapping[str, Any], workspace: Workspace) -> tuple[Path | None, list[dict[str, Any]]]:
     """Folder of the store, if it is in the workspace as it was, and what `nsae alter` did to it."""
     if not trained_on.get("name"):
-        return None, {}
+        return None, []
     folder = workspace.folder(Kind.ACTIVATIONS, str(trained_on["name"]))
     try:
         manifest, sha256 = read_manifest(folder)
     except NsaeError:
-        return None, {}
+        return None, []
     if sha256 != trained_on.get("manifest_sha256"):
-        return None, {}
-    return folder, dict(getattr(manifest, "altered", None) or {})
+        return None, []
+    return folder, [dict(change) for change in getattr(manifest, "altered", None) or []]
 
 
 @dataclass(frozen=True)

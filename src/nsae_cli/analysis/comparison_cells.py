@@ -74,7 +74,7 @@ class Sae:
         run: its run.json.
         evaluation: its eval.json, or None.
         contexts: per-context sums of the evaluation by name, or None.
-        altered: what `nsae alter` did to the store that it was trained on; empty for a store as collected.
+        altered: what `nsae alter` did to the store that it was trained on, oldest first; empty for one as collected.
         store: the folder of that store, where it is in the workspace.
     """
 
@@ -83,7 +83,7 @@ class Sae:
     run: Mapping[str, Any]
     evaluation: Mapping[str, Any] | None = None
     contexts: Mapping[str, np.ndarray] | None = None
-    altered: Mapping[str, Any] = field(default_factory=dict)
+    altered: Sequence[Mapping[str, Any]] = ()
     store: Path | None = None
 
     @property
@@ -202,7 +202,7 @@ class Group:
     data: str
     hook: str
     sinks: str
-    altered: Mapping[str, Any]
+    altered: Sequence[Mapping[str, Any]]
     rows: list[Row]
     #: Some number distinguishes two stores of one name; empty where it need not.
     version: str = ""

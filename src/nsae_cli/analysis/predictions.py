@@ -49,18 +49,17 @@ def check_predictions(comparison: Comparison) -> list[dict[str, Any]]:
 
 def stretch(group: Group) -> float:
     """By what the log norms of the group's store were stretched; 1 for a store as collected."""
-    return float(group.altered.get("stretch_norms", 1.0) if group.altered else 1.0)
+    return math.prod(float(change["k"]) for change in group.altered if change.get("change") == "stretch-norms")
 
 
 def permuted(group: Group) -> bool:
     """Whether the norms of the group's store were permuted over directions."""
-    return bool(group.altered.get("permute_norms"))
+    return any(change.get("change") == "permute-norms" for change in group.altered)
 
 
 def origin(group: Group) -> str:
     """The name of the store that the group's store was made from; its own where it was collected."""
-    source = group.altered.get("source") or group.data
-    return str(source.get("name") if isinstance(source, dict) else source)
+    return str(group.altered[0].get("activations")) if group.altered else group.data
 
 
 def as_collected(comparison: Comparison) -> list[Group]:
@@ -304,6 +303,10 @@ def stretched_norms(comparison: Comparison) -> Prediction:
     for (store, hook, sinks), by_stretch in sorted(families.items()):
         if len([k for k in by_stretch if k > 0]) < 2:
             continue
+        sinks_found = {k: _sinks_found(group) for k, group in sorted(by_stretch.items())}
+        if len(set(sinks_found.values())) > 1:
+            counts = ", ".join(f"{count} (k {k:g})" for k, count in sinks_found.items())
+            prediction.remarks.append(f"{store}, {hook}: the sink rules find other rows at each k: {counts}")
         levels = sorted({row.level for group in by_stretch.values() for row in group.rows}, key=lambda lv: lv.order)
         for level in levels:
             for first, second in ((NONE, NORM), (NONE, SQ), (NORM, SQ)):
@@ -325,6 +328,12 @@ def stretched_norms(comparison: Comparison) -> Prediction:
     if not prediction.clauses:
         prediction.lacks("relu p=0, 1, 2 at equal L0 on stores stretched by at least two k > 0 (nsae alter)")
     return prediction
+
+
+def _sinks_found(group: Group) -> int | None:
+    """How many rows of the group's store count as sinks."""
+    run = next(iter(group.rows[0].by_seed.values())).run
+    return (run.get("sinks") or {}).get("total")
 
 
 def _gaps(first: Row | None, second: Row | None) -> dict[int, float]:
