@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hand_saes import HOOK, write_eval, write_sae
 from safetensors.numpy import load_file
 
@@ -291,7 +292,26 @@ def test_p7_confirmed(tmp_path: Path) -> None:
     gradients(tmp_path, [share * 0.98, share, share * 0.99], 0.03)
     found = check(tmp_path, "P7")
     assert (found["verdict"], found["clauses"]["confirmed"]) == ("confirmed", 2)
-    assert f"sinks hold {share:.3g} of" in found["evidence"][0]
+    assert f"in the batch of step 1 sinks hold {share:.3g} of" in found["evidence"][0]
+
+
+def test_p7_goes_by_the_sinks_in_the_batch(tmp_path: Path) -> None:
+    gradients(tmp_path, [0.9, 0.9, 0.9], 0.03)
+    rows = make_rows()
+    n2 = rows.x[HOOK].double().square().sum(1)
+    trained = (torch.arange(len(n2)) // 8) % 20 != 19
+    sink, other = float(n2[trained & (rows.positions == 0)].mean()), float(n2[trained & (rows.positions > 0)].mean())
+    for seed, part in enumerate((0.05, 0.1, 0.2)):
+        share = part * sink / (part * sink + (1 - part) * other)
+        path = tmp_path / "saes" / "g" / str(seed) / "metrics.jsonl"
+        lines = path.read_text().splitlines()
+        first = json.loads(lines[0])
+        first |= {"grad_share": {"W_dec": {"sinks": 1.02 * share}}, "loss_share": {"sinks": 0.8}}
+        first["bias_ratio"] = [0.8 / part] + [0.3] * 10
+        path.write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
+    found = check(tmp_path, "P7")
+    assert found["verdict"] == "confirmed"
+    assert "off by 2 % [2, 2]" in found["evidence"][0]
 
 
 def test_p7_refuted(tmp_path: Path) -> None:
