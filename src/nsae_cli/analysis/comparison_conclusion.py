@@ -68,9 +68,9 @@ def _marks_of(arm: str, entries: Sequence[Mapping[str, Any]]) -> str:
     for metric, label in _QUANTITIES:
         marks = _marks(entries, metric)
         if marks:
-            parts.append(f"{label}: {_tally(marks)}{_range_of_differences(entries, metric)}")
+            parts.append(f"{label} {_tally(marks)}{_range_of_differences(entries, metric)}")
     left = sum(entry["status"] != "matched" for entry in entries)
-    text = f"{arm} against {base}, {_count(len(entries), 'cell')} of group and L0 – " + "; ".join(
+    text = f"{arm} against {base}, {_count(len(entries), 'cell')} (a group at an L0): " + "; ".join(
         parts or ["nothing could be compared"]
     )
     return text + (f"; {left} not at matched L0." if left else ".")
@@ -119,7 +119,7 @@ def _shift(groups: Sequence[Mapping[str, Any]]) -> list[str]:
             continue
         differences = [entry["difference"] for entry in entries]
         tally = ", ".join(f"{marks[mark]} {mark}" for mark in ("higher", "lower", "undecided") if marks[mark])
-        sentences.append(f"{arm}: {tally} (nbi differs by {shown_range(differences)})")
+        sentences.append(f"{arm}: {tally} ({shown_range(differences)})")
     if not sentences:
         return []
     return ["Slope of log relative error on log norm (nbi) against p=0; higher shifts accuracy from long tokens to "

@@ -130,12 +130,13 @@ def _at_first(prediction: Prediction, group: Group, where: str, logs: Mapping[Sa
         prediction.lacks("grad_share logged at the beginning of training")
         return
     expected = [squares.share(line.tokens) for line in first]
-    relative = [line.share / share - 1 for line, share in zip(first, expected, strict=True)]
+    relative = [line.share / wanted - 1 for line, wanted in zip(first, expected, strict=True)]
     interval = t_interval(relative)
     percent = None if interval is None else (100 * interval[0], 100 * interval[1])
+    share = float(np.mean([line.share for line in first]))
     text = (
-        f"{where}: in the batch of step {max(line.step for line in first)} sinks hold {shown(float(np.mean(expected)))} "
-        f"of Σ‖x‖² and {shown(float(np.mean([line.share for line in first])))} of the gradient: off by "
+        f"{where}: in the batch of step {max(line.step for line in first)} sinks hold "
+        f"{shown(float(np.mean(expected)))} of Σ‖x‖² and {shown(share)} of the gradient: off by "
         f"{shown(100 * float(np.mean(relative)))} % {shown_interval(percent)}"
     )
     prediction.clauses.append(Clause(lies_within(interval, -0.15, 0.15), text))

@@ -12,6 +12,9 @@ from nsae_cli.report import comparison_text as text
 from nsae_cli.report import format as fmt
 from nsae_cli.report.layout import Column, WideTable
 
+#: Sentences that are shown of those that speak against a prediction; all of them are in table.md.
+_SHOWN_AGAINST = 2
+
 
 def comparison_table(document: Mapping[str, Any]) -> RenderableType:
     """The table of every group, what missed its L0, the predictions with data, and the conclusion."""
@@ -26,10 +29,11 @@ def comparison_table(document: Mapping[str, Any]) -> RenderableType:
     checked = [prediction for prediction in document["predictions"] if not prediction["no_data"]]
     if checked:
         parts += ["", Text("Predictions", style="bold")]
-        parts += [
-            Text.assemble((f"{p['id']} {p['verdict']}", "bold"), f" ({_tally(p)}): {p['statement']}", overflow="fold")
-            for p in checked
-        ]
+        for prediction in checked:
+            verdict = (f"{prediction['id']} {prediction['verdict']}", "bold")
+            parts.append(Text.assemble(verdict, f" ({_tally(prediction)}): {prediction['statement']}", overflow="fold"))
+            against = [sentence for sentence in prediction["evidence"] if sentence.endswith("(refuted).")]
+            parts += [Text(f"  {sentence}") for sentence in against[:_SHOWN_AGAINST]]
     parts += ["", Text("Conclusion", style="bold"), *(Text(sentence) for sentence in document["conclusion"])]
     return Group(*parts)
 
