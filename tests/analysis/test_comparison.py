@@ -316,6 +316,15 @@ def test_complete_until_an_input_changes(tmp_path: Path) -> None:
         compared(tmp_path)
 
 
+def test_the_order_of_groups_does_not_matter(tmp_path: Path) -> None:
+    write_sae(tmp_path, "g/0")
+    write_sae(tmp_path, "h/0", config={"l2_norm": "sq"})
+    first = compared(tmp_path, "g", "h")
+    again = run_compare(["h", "g"], CompareOptions(), Workspace(tmp_path), "t", SilentReporter())
+    assert again.already_complete
+    assert again.document == first
+
+
 def test_equal_inputs_give_equal_bytes(tmp_path: Path) -> None:
     contents = []
     for place in ("a", "b"):

@@ -63,6 +63,7 @@ def run_compare(
     """
     artifacts = _choose(references, workspace, reporter)
     name = check_name(name or artifacts[0].name.partition("/")[0])
+    artifacts.sort(key=lambda artifact: artifact.name)  # the same SAEs are the same comparison in any order
     folder = workspace.folder(Kind.TABLE, name)
     table = Artifact(Kind.TABLE, name, folder)
     saes, inputs = _load(artifacts, options, workspace, reporter)
@@ -130,7 +131,7 @@ def _changed(before: Sequence[str], now: Sequence[str]) -> str:
     new, gone = [n for n in now if n not in before], [n for n in before if n not in now]
     parts = [f"{len(new)} new, such as {new[0]}"] if new else []
     parts += [f"{len(gone)} no longer, such as {gone[0]}"] if gone else []
-    return ", ".join(parts) or "in another order"
+    return ", ".join(parts) or f"{len(now)} instead of {len(before)}"
 
 
 # Loading

@@ -64,6 +64,10 @@ class Arm:
         return (bool(self.options) or self.rows != "plain", act, power, self.q, self.options, self.rows)
 
 
+#: relu without other options at p = 0, 1, 2.
+NONE, NORM, SQ = (Arm("relu", l2_norm, 0, "plain", ()) for l2_norm in ("none", "norm", "sq"))
+
+
 @dataclass(frozen=True, eq=False)
 class Sae:
     """One trained SAE.
