@@ -47,6 +47,9 @@ def _detail(artifact: Artifact) -> str | None:
             delta = document["behaviour"]["delta_ce_ns"]["value"]
             shown = "" if delta is None else f", ΔCE at non-sinks {delta:.3g}"
             return f"{document['rows']['tokens']:,} tokens, {document['sae']['name']}{shown}"
+        if artifact.kind is Kind.TABLE:
+            rows = sum(len(group["rows"]) for group in document["groups"])
+            return f"{len(document['inputs'])} SAEs in {rows} rows"
         return f"top {document['top']:.3g} of {document['rows']:,} rows, {document['sae']['name']}"
     except (NsaeError, KeyError, TypeError, ValueError):
         return None

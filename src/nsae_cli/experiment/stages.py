@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from nsae_cli.analysis.comparison import CompareOptions
+from nsae_cli.analysis.comparison_artifact import run_compare
 from nsae_cli.analysis.eval import run_eval
 from nsae_cli.analysis.eval_text import EvalOptions
 from nsae_cli.analysis.norms_artifact import NormsOptions, run_norms
@@ -127,6 +129,11 @@ def _eval(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Repor
     return StageResult("eval", artifacts, documents, [], made.already_complete)
 
 
+def _compare(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:
+    result = run_compare(inputs, stage.options, workspace, stage.name, reporter)
+    return StageResult("compare", [result.artifact], [result.document], result.figures, result.already_complete)
+
+
 COMMANDS: dict[str, CommandSpec] = {
     "collect": CommandSpec(CollectConfig, Kind.ACTIVATIONS, None, None, _collect),
     "norms": CommandSpec(NormsOptions, Kind.NORMS, "activations", Kind.ACTIVATIONS, _norms),
@@ -138,4 +145,5 @@ COMMANDS: dict[str, CommandSpec] = {
         TopNormsOptions, Kind.TOP_NORMS, "saes", Kind.SAE, _analyze, several_inputs=True, store_key="activations"
     ),
     "eval": CommandSpec(EvalOptions, Kind.EVAL, "saes", Kind.SAE, _eval, several_inputs=True, store_key="activations"),
+    "compare": CommandSpec(CompareOptions, Kind.TABLE, "saes", Kind.SAE, _compare, several_inputs=True),
 }
