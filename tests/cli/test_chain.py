@@ -196,7 +196,8 @@ def test_verbose_says_more(finished: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("collect",), ("norms",), ("train",), ("analyze-top-norms",), ("run",), ("plot",), ("list",)]
+    "command",
+    [(), ("collect",), ("norms",), ("train",), ("analyze-top-norms",), ("eval",), ("run",), ("plot",), ("list",)],
 )
 def test_help_is_plain_and_whole(command: tuple[str, ...]) -> None:
     outcome = nsae(*command, "--help")

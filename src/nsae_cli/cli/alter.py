@@ -30,7 +30,7 @@ def command(
     seed: Annotated[str | None, typer.Option(metavar="INT", help="Of the permutation [default: 0].")] = None,
     name: Name = None,
 ) -> None:
-    """Write a store with other norms and the same directions, as a control.
+    """Write a store with altered norms, as a control.
 
     Writes activations/NAME: the same rows, tokens, positions and documents; sinks stay as they are. What an effect of
     norms is, and what goes with norm by content, differ between a store and its permuted twin.
