@@ -48,8 +48,8 @@ def _detail(artifact: Artifact) -> str | None:
             shown = "" if delta is None else f", ΔCE at non-sinks {delta:.3g}"
             return f"{document['rows']['tokens']:,} tokens, {document['sae']['name']}{shown}"
         if artifact.kind is Kind.TABLE:
-            rows = sum(len(group["rows"]) for group in document["groups"])
-            return f"{len(document['inputs'])} SAEs in {rows} rows"
+            table_rows = sum(len(group["rows"]) for group in document["groups"])
+            return f"{len(document['inputs'])} SAEs in {table_rows} rows"
         return f"top {document['top']:.3g} of {document['rows']:,} rows, {document['sae']['name']}"
     except (NsaeError, KeyError, TypeError, ValueError):
         return None

@@ -79,7 +79,7 @@ class Cell:
         self.config = config
         self._start_objective = objective
         typical = norm_scale * objective.input_scale
-        self._typical_weights = (typical**-objective.l2_power, typical**-objective.l1_power)
+        self._typical_weights = (typical**-objective.weight_power, typical**-objective.l1_power)
         if objective.nonlinearity.selection.bandwidth is not None:
             weights.log_threshold = torch.zeros_like(weights.b_enc)
         self.weights = weights = weights.by_feature()
