@@ -19,10 +19,19 @@ def command(
     """Chain commands from a YAML file.
 
     What is finished is reused; if a stage fails, what was made before it stays. Ends with the norm table, the table
-    of trained SAEs, the top-norm table, comparisons and the paths of all figures.
+    of trained SAEs, the top-norm table, the evaluations, the comparisons and the paths of
+    all figures.
     """
     from nsae_cli.experiment.run import run_config
-    from nsae_cli.report.tables import comparison_table, norms_table, top_norms_findings, top_norms_table, train_table
+    from nsae_cli.report.tables import (
+        comparison_table,
+        eval_findings,
+        eval_table,
+        norms_table,
+        top_norms_findings,
+        top_norms_table,
+        train_table,
+    )
 
     session = session_of(context)
     results = run_config(config, session.workspace, session.reporter)
@@ -42,6 +51,9 @@ def command(
                     parts += [Text(sentence) for sentence in top_norms_findings(document)]
             elif result.command == "compare":
                 parts += [comparison_table(document) for document in result.documents]
+            elif result.command == "eval":
+                parts.append(eval_table(result.documents))
+                parts += [Text(sentence) for sentence in eval_findings(result.documents)]
             parts.append("")
         figures = [figure for result in results for figure in result.figures]
         if figures:

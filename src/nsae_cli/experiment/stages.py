@@ -11,12 +11,15 @@ from pydantic import BaseModel
 
 from nsae_cli.analysis.comparison import CompareOptions
 from nsae_cli.analysis.comparison_artifact import run_compare
+from nsae_cli.analysis.eval import run_eval
+from nsae_cli.analysis.eval_text import EvalOptions
 from nsae_cli.analysis.norms_artifact import NormsOptions, run_norms
 from nsae_cli.analysis.top_norms_artifact import TopNormsOptions, run_top_norms
 from nsae_cli.experiment.train import TrainCommandOptions, choose_source
 from nsae_cli.lm.collect import collect
 from nsae_cli.lm.config import CollectConfig
 from nsae_cli.reporter import Reporter
+from nsae_cli.store.alter import AlterOptions, alter_store
 from nsae_cli.store.shards import ActivationStore, open_activations
 from nsae_cli.store.workspace import Artifact, Kind, Workspace
 from nsae_cli.training.loop import train
@@ -44,7 +47,7 @@ class Stage:
         reads: what it reads: names in the workspace, paths, or the number of the stage whose result it reads; empty
             where the command takes no input.
         name: of its result, or None for the default.
-        activations: for analyze-top-norms, the store to measure on, or None.
+        activations: for analyze-top-norms and eval, the store to measure on, or None.
     """
 
     command: str
@@ -100,6 +103,11 @@ def _norms(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Repo
     return StageResult("norms", [result.artifact], [result.document], result.figures, result.already_complete)
 
 
+def _alter(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:
+    result = alter_store(_store(inputs[0], workspace), stage.options, workspace, stage.name, reporter)
+    return StageResult("alter", [result.artifact], [result.manifest.model_dump()], [], result.already_complete)
+
+
 def _train(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:
     store = None if stage.options.from_model else workspace.find(Kind.ACTIVATIONS, inputs[0])[0]
     source = choose_source(stage.options, store)
@@ -119,9 +127,17 @@ def _compare(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Re
     return StageResult("compare", [result.artifact], [result.document], result.figures, result.already_complete)
 
 
+def _eval(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:
+    made = run_eval(inputs, stage.activations, stage.options, workspace, stage.name, reporter)
+    artifacts = [result.artifact for result in made.results]
+    documents = [result.document for result in made.results]
+    return StageResult("eval", artifacts, documents, [], made.already_complete)
+
+
 COMMANDS: dict[str, CommandSpec] = {
     "collect": CommandSpec(CollectConfig, Kind.ACTIVATIONS, None, None, _collect),
     "norms": CommandSpec(NormsOptions, Kind.NORMS, "activations", Kind.ACTIVATIONS, _norms),
+    "alter": CommandSpec(AlterOptions, Kind.ACTIVATIONS, "activations", Kind.ACTIVATIONS, _alter),
     "train": CommandSpec(
         TrainCommandOptions, Kind.SAE, "activations", Kind.ACTIVATIONS, _train, instead_of_input="from_model"
     ),
@@ -129,4 +145,5 @@ COMMANDS: dict[str, CommandSpec] = {
         TopNormsOptions, Kind.TOP_NORMS, "saes", Kind.SAE, _analyze, several_inputs=True, store_key="activations"
     ),
     "compare": CommandSpec(CompareOptions, Kind.TABLE, "saes", Kind.SAE, _compare, several_inputs=True),
+    "eval": CommandSpec(EvalOptions, Kind.EVAL, "saes", Kind.SAE, _eval, several_inputs=True, store_key="activations"),
 }
