@@ -179,17 +179,22 @@ def test_evaluations_of_other_contexts_are_not_paired(tmp_path: Path) -> None:
 def test_arms_are_named_by_what_varies(tmp_path: Path) -> None:
     changes: list[dict[str, Any]] = [
         {}, {"l2_norm": "norm"}, {"l2_norm": "sq", "l1_norm": "norm"}, {"l2_norm": "sq", "row_weights": "permuted"},
-        {"sparsity": "l1-decoder-norm", "decoder": "free"}, {"act": "topk", "k": 8, "target_l0": None, "alpha": 0.0},
+        {"sparsity": "l1-decoder-norm", "decoder": "free"}, {"act": "topk", "k": 8, "target_l0": None, "alpha": 0.0,
+         "aux_k": 32},
         {"act": "tanh-relu", "decoder": "free", "l2_norm": "sq", "noise": 0.1}, {"l2_norm": "cosine"},
-        {"clip": 1.0},
+        {"clip": 1.0}, {"alpha_scale": "note"}, {"act": "jumprelu", "sparsity": "l0", "bandwidth": 0.05},
+        {"act": "topk", "k": 8, "target_l0": None, "alpha": 0.0, "aux_k": None}, {"tokens": 2_000_000, "lr": 2e-3},
     ]  # fmt: skip
     for number, config in enumerate(changes):
-        write_sae(tmp_path, f"g/{number}", config={"clip": None} | config)
+        write_sae(tmp_path, f"g/{number}", config={"clip": None, "aux_k": None, "bandwidth": None} | config)
     [group] = compared(tmp_path)["groups"]
+    assert group["usual"] == {"tokens": "1M", "lr": "0.001", "aux_k": "32"}
     assert {(row["arm"], row["level"]) for row in group["rows"]} == {
-        ("relu p=0 clip=off", "8"), ("relu p=1 clip=off", "8"), ("relu p=2 q=1 clip=off", "8"),
-        ("relu p=2 clip=off permuted", "8"), ("relu p=0 l1-decoder-norm free clip=off", "8"), ("topk", "8"),
-        ("tanh-relu p=2 noise=0.1", "8"), ("relu cosine clip=off", "8"), ("relu p=0 clip=1", "8"),
+        ("relu p=0", "8"), ("relu p=1", "8"), ("relu p=2 q=1", "8"),
+        ("relu p=2 permuted", "8"), ("relu p=0 l1-decoder-norm free", "8"), ("topk", "8"),
+        ("tanh-relu p=2 noise=0.1", "8"), ("relu cosine", "8"), ("relu p=0 clip=1", "8"),
+        ("relu p=0 scale=note", "8"), ("jumprelu p=0", "8"), ("topk aux_k=off", "8"),
+        ("relu p=0 tokens=2M lr=0.002", "8"),
     }  # fmt: skip
 
 
@@ -202,6 +207,9 @@ def test_what_an_arm_is_compared_with(tmp_path: Path) -> None:
             {"noise": 0.1},
             {"l2_norm": "sq", "noise": 0.1},
             {"act": "topk", "k": 8, "target_l0": None, "alpha": 0.0},
+            {"tokens": 4_000_000, "noise": 0.1},
+            {"tokens": 4_000_000},
+            {"tokens": 9_000_000, "l2_norm": "sq"},
         ]
     ):
         write_sae(tmp_path, f"g/{number}", config=config)
@@ -214,6 +222,9 @@ def test_what_an_arm_is_compared_with(tmp_path: Path) -> None:
         "relu p=0 noise=0.1": {"p=0": P0},
         "relu p=2 noise=0.1": {"p=0": "relu p=0 noise=0.1", "baseline": P0},
         "topk": {"baseline": P0},
+        "relu p=0 noise=0.1 tokens=4M": {"p=0": "relu p=0 tokens=4M", "baseline": P0},
+        "relu p=0 tokens=4M": {"baseline": P0},
+        "relu p=2 tokens=9M": {"baseline": P0},
     }
 
 
@@ -292,6 +303,16 @@ def test_conclusion_speaks_of_sinks_that_were_given_up(tmp_path: Path) -> None:
     found = " ".join(compared(tmp_path, "h", name="h")["conclusion"])
     assert "No arm trained with sinks gave them up" in found
     assert "--sinks drop" not in found
+
+
+def test_conclusion_leaves_out_a_sweep_of_alpha(tmp_path: Path) -> None:
+    plant(tmp_path, "none", [0.2, 0.2], evaluated=False)
+    plant(tmp_path, "sq", [0.19, 0.19], evaluated=False)
+    for number, l2_norm in enumerate(("none", "sq")):
+        write_sae(tmp_path, f"g/sweep{number}", config={"l2_norm": l2_norm, "target_l0": None, "alpha": 0.1 + number})
+    document = compared(tmp_path)
+    assert document["conclusion"][0].startswith("4 SAEs in 1 group; 1 of 1 comparison could be made")
+    assert sum(len(row["comparisons"]) for row in document["groups"][0]["rows"]) == 2
 
 
 def test_complete_until_an_input_changes(tmp_path: Path) -> None:

@@ -89,10 +89,12 @@ def test_several_groups(runs: Path) -> None:
     assert "is not among the arms; there are: " in outcome.message
     outcome = nsae("--workspace", runs, "--json", "compare", *groups, "--name", "all")
     assert outcome.code == 0, outcome.err
-    # Width, budget and rate differ from the common grid's, and the arms say so.
-    arms = [row["arm"] for row in outcome.json["result"]["groups"][0]["rows"]]
-    assert len(arms) == len(set(arms)) == 4
-    assert all("d_sae=" in arm and "tokens=" in arm for arm in arms)
+    # Width and budget of the common grid's two SAEs are not those of the other four, and the arms say so.
+    [group] = outcome.json["result"]["groups"]
+    assert sorted(row["arm"] for row in group["rows"]) == [
+        "relu p=0", "relu p=0 d_sae=96 tokens=40k", "relu p=2", "tanh-relu p=0 d_sae=96 tokens=40k"
+    ]  # fmt: skip
+    assert group["usual"] == {"d_sae": "32", "tokens": "10k"}
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,7 @@ def test_as_a_stage(runs: Path, tmp_path: Path, store: str) -> None:
     (tmp_path / "c.yaml").write_text(config.replace("baseline: relu p=0 BUDGET, ", ""))
     outcome = nsae("--workspace", runs, "run", tmp_path / "c.yaml")
     assert outcome.code == 0, outcome.err
-    assert "relu p=2 d_sae=16" in outcome.out
+    assert "relu p=2 d_sae=16 tokens=2k batch_size=128" in outcome.out
     assert f"{runs / 'tables' / 't' / 'fronts.png'}" in outcome.out
     again = nsae("--workspace", runs, "run", tmp_path / "c.yaml")
     assert again.err.count("reused") == 2
@@ -166,3 +168,33 @@ def test_as_a_stage(runs: Path, tmp_path: Path, store: str) -> None:
     outcome = nsae("--workspace", runs, "run", tmp_path / "c.yaml")
     assert "compare has no option 'margin'" in outcome.err
     assert "did you mean" in outcome.err
+
+
+def test_with_real_evaluations_and_altered_stores(runs: Path, store: str) -> None:
+    assert nsae("--workspace", runs, "compare", "grid", "--name", "before").code == 0
+    evaluated = nsae("--workspace", runs, "-q", "eval", "grid", "--device", "cpu")
+    assert evaluated.code == 0, evaluated.err
+    for change in (("--permute-norms",), ("--stretch-norms", "2")):
+        name = change[0].strip("-")
+        assert nsae("--workspace", runs, "-q", "alter", store, *change, "--name", name).code == 0
+        assert nsae("--workspace", runs, "-q", *GRID[:1], name, *GRID[1:], "--name", f"on-{name}").code == 0
+    outcome = nsae(
+        "--workspace", runs, "--json", "compare", "grid", "on-permute-norms", "on-stretch-norms", "--name", "t"
+    )
+    assert outcome.code == 0, outcome.err
+    document = outcome.json["result"]
+    plain, *altered = document["groups"]
+    assert plain["altered"] is None
+    assert [group["altered"][0]["change"] for group in altered] == ["permute-norms", "stretch-norms"]
+    # The evaluation used the rows that run.json's metrics are of, so nothing is noted, and the sums give its FVU.
+    assert not any("Evaluated rows" in note for note in document["notes"])
+    metrics = plain["rows"][0]["metrics"]
+    for seed in ("0", "1"):
+        evaluation = json.loads((runs / "evals" / f"grid-L2-none-seed{seed}" / "eval.json").read_text())
+        assert metrics["delta_ce_ns"]["by_seed"][seed] == evaluation["behaviour"]["delta_ce_ns"]["value"]
+        fvu = evaluation["metrics"]["ns"]["fvu_p0"]
+        assert metrics["fvu_p0_ns"]["by_seed"][seed] == pytest.approx(fvu, rel=1e-5)
+    # An evaluation is an input: the table that was made before it is made again.
+    again = nsae("--workspace", runs, "compare", "grid", "--name", "before")
+    assert "inputs of before have changed: made again" in again.err
+    assert "ΔCE" in again.out

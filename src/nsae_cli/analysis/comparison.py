@@ -10,13 +10,15 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from nsae_cli.analysis.comparison_bootstraps import Bootstraps
-from nsae_cli.analysis.comparison_cells import COLUMNS, Arm, Group, Level, Row, Sae, sort_into_groups
+from nsae_cli.analysis.comparison_cells import COLUMNS, Arm, Group, Level, Row, Sae, shown_option, sort_into_groups
 from nsae_cli.analysis.comparison_statistics import Direction, Interval, judge, mean_and_sd, t_interval
 from nsae_cli.errors import UsageError
 from nsae_cli.values import Fraction
 
 #: Two SAEs are compared where their non-sink L0 differs by at most this share.
 L0_TOLERANCE = 0.02
+#: Options that a fair comparison holds equal, unless the baseline is chosen.
+_BUDGET = frozenset(("tokens", "batch_size", "d_sae"))
 #: Columns that are compared, and which side of each is better. nbi is a slope: neither side is.
 COMPARED: dict[str, Direction] = {
     "fvu_p0_ns": "lower",
@@ -88,6 +90,7 @@ class Comparison:
             "data": group.data,
             "hook": group.hook,
             "sinks": group.sinks,
+            "usual": {name: shown_option(name, value) for name, value in group.usual.items() if value is not None},
             "altered": [dict(change) for change in group.altered] or None,
             **{key: first.get(key) for key in ("model", "embedded_note", "context_size", "packing", "bos")},
             "sink_rows": (first.get("sinks") or {}).get("total"),
@@ -241,14 +244,11 @@ def nbi_rel(group: Group, row: Row) -> dict[int, float | None]:
 
 
 def _plain_arm(group: Group, arm: Arm) -> Arm | None:
-    """The p = 0 arm of an arm's activation: with the same other options where there is one, else with none."""
-    arms = {row.arm for row in group.rows}
-    for candidate in (Arm(arm.act, "none", 0, "plain", arm.options), Arm(arm.act, "none", 0, "plain", ())):
-        if candidate in arms and candidate != arm:
-            return candidate
-        if candidate == arm and not arm.options:
-            return None
-    return None
+    """The p = 0 arm of an arm's activation: with the same other options, else with the same budget and no others."""
+    budget = tuple(option for option in arm.options if option.partition("=")[0] in _BUDGET)
+    arms = {row.arm for row in group.rows} - {arm}
+    candidates = [Arm(arm.act, "none", 0, "plain", options) for options in (arm.options, budget)]
+    return next((candidate for candidate in candidates if candidate in arms), None)
 
 
 def _nearest(group: Group, arm: Arm, row: Row) -> Row | None:

@@ -18,6 +18,7 @@ from nsae_cli.analysis.comparison_cells import Sae
 from nsae_cli.analysis.comparison_conclusion import conclude
 from nsae_cli.analysis.documents import read_document
 from nsae_cli.analysis.predictions import check_predictions
+from nsae_cli.analysis.saes import choose_saes
 from nsae_cli.errors import ArtifactError, NsaeError, UsageError
 from nsae_cli.report.comparison_markdown import comparison_markdown
 from nsae_cli.report.figures import comparison_differences, comparison_fronts, save_png
@@ -61,7 +62,7 @@ def run_compare(
         ArtifactError: an SAE's or an evaluation's files are damaged.
         Interrupted: a signal asked to stop; nothing was written.
     """
-    artifacts = _choose(references, workspace, reporter)
+    artifacts = choose_saes(references, workspace, reporter)
     name = check_name(name or artifacts[0].name.partition("/")[0])
     artifacts.sort(key=lambda artifact: artifact.name)  # the same SAEs are the same comparison in any order
     folder = workspace.folder(Kind.TABLE, name)
@@ -107,15 +108,6 @@ def run_compare(
 
 def _poll() -> None:
     interrupt.stop_if_requested("stopped while comparing; nothing was written, run the same command again")
-
-
-def _choose(references: Sequence[str], workspace: Workspace, reporter: Reporter) -> list[Artifact]:
-    if not references:
-        newest = workspace.newest(Kind.SAE).name.partition("/")[0]
-        reporter.note(f"using the newest saes: {newest}")
-        references = [newest]
-    found = [artifact for reference in references for artifact in workspace.find(Kind.SAE, reference)]
-    return list({artifact.path.resolve(): artifact for artifact in found}.values())
 
 
 def _refuse_another(name: str, document: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -197,7 +189,7 @@ def _store(trained_on: Mapping[str, Any], workspace: Workspace) -> tuple[Path | 
         return None, []
     if sha256 != trained_on.get("manifest_sha256"):
         return None, []
-    return folder, [dict(change) for change in getattr(manifest, "altered", None) or []]
+    return folder, [dict(change) for change in manifest.altered or []]
 
 
 @dataclass(frozen=True)

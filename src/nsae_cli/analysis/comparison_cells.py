@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,10 @@ _NOT_IN_AN_ARM = frozenset(
 )  # fmt: skip
 
 
+_BELONGS_TO = {"aux_k": _SELECTING, "bandwidth": ("jumprelu",)}
+_USUAL_SCALE = "layer-norm"
+
+
 @dataclass(frozen=True)
 class Arm:
     """How an SAE was trained.
@@ -37,7 +42,7 @@ class Arm:
         l2_norm: as on the command line.
         q: power of the sparsity penalty's divisor.
         rows: what was done to the row weights: plain, mean-one or permuted.
-        options: everything else that is not the activation's default or that varies in the group, readable.
+        options: everything else that is not the activation's default or not what most SAEs of the group have, readable.
     """
 
     act: str
@@ -208,6 +213,8 @@ class Group:
     sinks: str
     altered: Sequence[Mapping[str, Any]]
     rows: list[Row]
+    #: Of options that differ in the group the value that an arm has unless its name says otherwise.
+    usual: Mapping[str, Any] = field(default_factory=dict)
     #: Some number distinguishes two stores of one name; empty where it need not.
     version: str = ""
 
@@ -240,11 +247,10 @@ def sort_into_groups(saes: Sequence[Sae]) -> list[Group]:
 
 
 def _group(members: Sequence[Sae]) -> Group:
-    varying = _varying_options(members)
-    scales = {sae.config["alpha_scale"] for sae in members if sae.config["act"] not in _SELECTING}
+    usual = _usual_values(members)
     rows: dict[tuple[Arm, Level], Row] = {}
     for sae in members:
-        arm, level = _arm(sae.config, varying, len(scales) > 1), _level(sae)
+        arm, level = _arm(sae.config, usual), _level(sae)
         row = rows.setdefault((arm, level), Row(arm, level))
         other = row.by_seed.setdefault(sae.seed, sae)
         if other is not sae and other.run.get("weights_sha256") != sae.run.get("weights_sha256"):
@@ -254,33 +260,31 @@ def _group(members: Sequence[Sae]) -> Group:
             )
     first = members[0]
     ordered = sorted(rows.values(), key=lambda row: (row.level.order, row.arm.order))
-    return Group(first.data, str(first.run["hook"]), str(first.config["sinks"]), first.altered, ordered)
+    return Group(first.data, str(first.run["hook"]), str(first.config["sinks"]), first.altered, ordered, usual)
 
 
 def _level(sae: Sae) -> Level:
     return Level(None, float(sae.config["alpha"])) if sae.target_l0 is None else Level(sae.target_l0)
 
 
-def _varying_options(members: Sequence[Sae]) -> dict[str, set[str]]:
-    """Options without a place of their own in an arm's name that differ in a group, with the activations to say so of.
-
-    An option that belongs to one activation is null for the others, which is no difference; null and a value for the
-    same activation is one.
-    """
+def _usual_values(members: Sequence[Sae]) -> dict[str, Any]:
+    """Options without a place of their own in an arm's name that differ in a group: the value that most SAEs have."""
     names = dict.fromkeys(name for sae in members for name in sae.config if name not in _NOT_IN_AN_ARM)
-    varying = {}
+    usual = {}
     for name in names:
-        by_act: dict[str, set[str]] = {}
-        for sae in members:
-            by_act.setdefault(str(sae.config["act"]), set()).add(json.dumps(_given(sae.config, name)))
-        given = set().union(*by_act.values()) - {"null"}
-        shown = {act for act, values in by_act.items() if len(values) > 1 or (len(given) > 1 and values != {"null"})}
-        if shown:
-            varying[name] = shown
-    return varying
+        configs = [sae.config for sae in members if _has(sae.config, name)]
+        counted = Counter(json.dumps(_given(config, name)) for config in configs)
+        if len(counted) > 1:
+            usual[name] = json.loads(min(counted, key=lambda value: (-counted[value], value)))
+    return usual
 
 
-def _arm(config: Mapping[str, Any], varying: Mapping[str, set[str]], name_scale: bool) -> Arm:
+def _has(config: Mapping[str, Any], name: str) -> bool:
+    """Whether an option says anything of an SAE: it belongs to the activation, and the nsae that trained knew it."""
+    return name in config and config["act"] in _BELONGS_TO.get(name, (config["act"],))
+
+
+def _arm(config: Mapping[str, Any], usual: Mapping[str, Any]) -> Arm:
     act = str(config["act"])
     options = []
     if config["sparsity"] != DEFAULT_SPARSITY.get(act):
@@ -289,13 +293,11 @@ def _arm(config: Mapping[str, Any], varying: Mapping[str, set[str]], name_scale:
         options.append(str(config["decoder"]))
     if config.get("noise"):
         options.append(f"noise={config['noise']:g}")
-    if name_scale and act not in _SELECTING:
+    if config["alpha_scale"] != _USUAL_SCALE and act not in _SELECTING:
         options.append(f"scale={config['alpha_scale']}")
-    options += [
-        f"{name}={_shown(name, config.get(name))}"
-        for name, acts in varying.items()
-        if act in acts and (name != "lr" or _given(config, name) is not None)
-    ]
+    for name, value in usual.items():
+        if _has(config, name) and _given(config, name) != value:
+            options.append(f"{name}={shown_option(name, config[name])}")
     return Arm(
         act,
         str(config["l2_norm"]),
@@ -313,7 +315,8 @@ def _given(config: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-def _shown(name: str, value: Any) -> str:
+def shown_option(name: str, value: Any) -> str:
+    """An option's value as short as it can be: ``20M``, ``0.001``, ``off`` for null."""
     if name in ("tokens", "buffer", "dead_window") and isinstance(value, int):
         return f"{value / 1e6:g}M" if value % 100_000 == 0 else f"{value / 1e3:g}k" if value % 100 == 0 else str(value)
     return "off" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -19,7 +19,7 @@ def conclude(
     groups: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping[str, Any]], missed: Sequence[Mapping[str, Any]]
 ) -> list[str]:
     """Sentences from a comparison's groups, predictions and missed targets, at most about half a page."""
-    groups = [group for group in groups if not group["altered"]] or list(groups)
+    groups = _with_targets([group for group in groups if not group["altered"]] or list(groups))
     against = _against(groups, "p=0")
     sentences = [_what_was_compared(groups, missed)]
     if not against:
@@ -33,6 +33,16 @@ def conclude(
     sentences += _verdicts(predictions)
     sentences += _advice(groups, main)
     return sentences
+
+
+def _with_targets(groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Only the rows that were meant to have some L0, if there are any: a sweep of α says nothing about arms."""
+    kept: list[Mapping[str, Any]] = [
+        {**group, "rows": rows}
+        for group in groups
+        if (rows := [row for row in group["rows"] if row["target_l0"] is not None])
+    ]
+    return kept or list(groups)
 
 
 def _is_plain(arm: str) -> bool:

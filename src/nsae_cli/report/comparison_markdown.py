@@ -59,7 +59,8 @@ def _predictions(predictions: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def _group(group: Mapping[str, Any]) -> Iterator[str]:
     rows = group["rows"]
     columns = text.present_columns(rows)
-    yield from ("", f"### {_escaped(group['label'])}", "", f"{_escaped(fmt.source_line(group))}.", "")
+    source = "; ".join(part for part in (fmt.source_line(group), text.usual(group)) if part)
+    yield from ("", f"### {_escaped(group['label'])}", "", f"{_escaped(source)}.", "")
     headings = ["arm", "target", *(heading for _, heading, _ in columns), "seeds"]
     yield _line(headings)
     yield "|" + "---|" * len(headings)

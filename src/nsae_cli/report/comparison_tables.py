@@ -75,5 +75,5 @@ def _group_table(group: Mapping[str, Any]) -> RenderableType:
         groups.append(block)
     levels = [row["level"] for row in rows]
     gaps = frozenset(i for i in range(len(rows) - 1) if levels[i] != levels[i + 1])
-    title = f"{group['label']} · {fmt.source_line(group)}"
+    title = " · ".join(part for part in (group["label"], fmt.source_line(group), text.usual(group)) if part)
     return WideTable(keys, groups, title=title, sections=gaps)

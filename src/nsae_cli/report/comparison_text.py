@@ -91,6 +91,12 @@ def unmatched(compared: Mapping[str, Any]) -> str:
     return f"unmatched L0 ({l0} vs {other})"
 
 
+def usual(group: Mapping[str, Any]) -> str:
+    """``unless an arm says otherwise: tokens=1M``; empty where nothing differs."""
+    values = ", ".join(f"{name}={value}" for name, value in (group.get("usual") or {}).items())
+    return f"unless an arm says otherwise: {values}" if values else ""
+
+
 def with_p0(row: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The comparison of a row with the p = 0 arm of its activation."""
     return next((compared for compared in row["comparisons"] if compared["kind"] == "p=0"), None)
