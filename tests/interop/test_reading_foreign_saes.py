@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from golden_saes import FOLDERS, GOLDEN, change_config, change_tensors, copied
+from safetensors.torch import load_file
+
 from nsae_cli.interop.opening import open_sae
 from nsae_cli.sae.autoencoder import SparseAutoencoder
-from safetensors.torch import load_file, save_file
-
-GOLDEN = Path(__file__).parent / "golden"
-FOLDERS = sorted(path.parent.relative_to(GOLDEN).as_posix() for path in GOLDEN.rglob("expected.safetensors"))
-
-
-def copied(name: str, tmp_path: Path) -> Path:
-    """A golden folder to change."""
-    return Path(shutil.copytree(GOLDEN / name, tmp_path / Path(name).name))
-
-
-def change_config(folder: Path, name: str = "cfg.json", **changes: object) -> None:
-    """Overwrites keys of a JSON file."""
-    path = folder / name
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def change_tensors(folder: Path, name: str = "sae_weights.safetensors", **changes: torch.Tensor) -> None:
-    """Overwrites tensors."""
-    save_file(load_file(folder / name) | changes, folder / name)
 
 
 def test_every_format_is_there():

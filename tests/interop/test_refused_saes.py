@@ -8,13 +8,14 @@ import sys
 
 import pytest
 import torch
+from golden_saes import GOLDEN, change_config, change_tensors, copied
+from safetensors.torch import load_file
+
 from nsae_cli.errors import ArtifactError, NumericalError, ResourceError, UsageError
 from nsae_cli.interop import hub
 from nsae_cli.interop.conversion import openai_snippet
 from nsae_cli.interop.opening import open_sae
 from nsae_cli.lm.hub import HubRepository
-from safetensors.torch import load_file
-from test_reading_foreign_saes import GOLDEN, change_config, change_tensors, copied
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def on_hub(monkeypatch, *files: str, reachable: bool = True) -> None:
 def test_without_network_or_cache(monkeypatch):
     on_hub(monkeypatch, reachable=False)
     with pytest.raises(
-        ResourceError, match="SAE org/repo:blocks.8: there is no such folder here, the Hugging Face hub"
+        ResourceError, match=r"SAE org/repo:blocks\.8: there is no such folder here, the Hugging Face hub"
     ):
         open_sae("org/repo:blocks.8")
 
@@ -162,12 +163,12 @@ def test_without_network_or_cache(monkeypatch):
 @pytest.mark.parametrize(
     ("files", "kind", "message"),
     [
-        (("l0/cfg.json", "l0/sae_weights.safetensors", "l1/sae_weights.safetensors"), UsageError, "name one, as org/repo:l0"),
-        (("resid/ae.pt",), UsageError, "no SAE is there"),
+        (("l0/sae_weights.safetensors", "l1/sae_weights.safetensors"), UsageError, "name one, as org/repo:l0"),
+        (("resid/ae.pt", "resid/config.json"), ArtifactError, "resid/ae.pt is a pickle"),
         (("README.md",), UsageError, "no SAE is there"),
-        (("ae.pt", "config.json"), ArtifactError, r"hf download org/repo --include '\*' --local-dir DIR`, then convert"),
+        (("ae.pt", "config.json"), ArtifactError, r"--include '\*' --local-dir DIR`, then convert"),
     ],
-)  # fmt: skip
+)
 def test_repositories_that_hold_several_saes_none_or_a_pickle(monkeypatch, files, kind, message):
     on_hub(monkeypatch, *files)
     with pytest.raises(kind, match=message):

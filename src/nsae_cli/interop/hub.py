@@ -92,14 +92,14 @@ def _require_weights(reference: HubReference, files: tuple[str, ...]) -> None:
     if any(name in WEIGHT_FILES for name in inside):
         return
     what = f"SAE {reference}"
-    pickles = [name for name in inside if "/" not in name and name.endswith(PICKLES)]
-    if pickles:
+    several = sorted({str(PurePosixPath(name).parent) for name in inside if PurePosixPath(name).name in WEIGHT_FILES})
+    pickles = sorted((name for name in inside if name.endswith(PICKLES)), key=lambda name: name.count("/"))
+    if pickles and not several:
         raise ArtifactError(
             f"{what}: {pickles[0]} is a pickle, which can run code when read, and nsae reads safetensors only; get it "
             f"with `hf download {reference.repository} --include '{reference.prefix}*' --local-dir DIR`, then "
             f"{how_to_convert(Path(pickles[0]))}"
         )
-    several = sorted({str(PurePosixPath(name).parent) for name in inside if PurePosixPath(name).name in WEIGHT_FILES})
     if several:
         shown = ", ".join(several[:_LISTED]) + (f" and {len(several) - _LISTED} more" if len(several) > _LISTED else "")
         base = f"{reference.repository}:{reference.prefix}"

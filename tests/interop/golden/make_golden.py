@@ -48,7 +48,8 @@ def randomize(module: torch.nn.Module, seed: int) -> None:
 
 def save_expected(folder: Path, acts: torch.Tensor, x_hat: torch.Tensor) -> None:
     """What the peer computed."""
-    assert (acts > 0).any() and (acts == 0).any()
+    assert (acts > 0).any()
+    assert (acts == 0).any()
     tensors = {"x": rows(), "acts": acts, "x_hat": x_hat}
     save_file({name: tensor.detach().float().contiguous() for name, tensor in tensors.items()},
               folder / "expected.safetensors")  # fmt: skip
@@ -233,7 +234,8 @@ def make_dictionary_learning() -> None:
 def make_openai(model_file: Path) -> None:
     """Their ReLU and their TopK (layer norm) SAE, converted with the documented snippet."""
     spec = importlib.util.spec_from_file_location("openai_sparse_autoencoder", model_file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     theirs = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(theirs)
     saes = {
