@@ -29,7 +29,7 @@ from nsae_cli.store import commit
 from nsae_cli.store.contexts import Contexts
 from nsae_cli.store.sae_folder import SavedSae
 from nsae_cli.store.shards import ActivationStore
-from nsae_cli.training.evaluate import evaluation_batch
+from nsae_cli.training.measure import evaluation_batch
 
 FORMAT_VERSION = 1
 BOTTOM, OTHER, TOP = range(3)

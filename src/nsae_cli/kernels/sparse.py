@@ -22,7 +22,7 @@ import torch
 from nsae_cli.kernels.adam import Adam
 from nsae_cli.kernels.entries import Columns, Entries, SparseOps, UpdatingOps
 from nsae_cli.kernels.jump import in_band_, threshold_gradient_of_entries
-from nsae_cli.kernels.types import Activation, Penalty, StepResult, Weights
+from nsae_cli.kernels.types import Activation, Penalty, RowGradients, StepResult, Weights
 from nsae_cli.kernels.update import GradientBuffer
 
 #: How often batch-top-k guesses a threshold before it looks at everything that is positive.
@@ -83,12 +83,14 @@ class SparseStep:
         error_weight: torch.Tensor,
         sparsity_weight: torch.Tensor,
         noise: torch.Tensor | None = None,
+        row_gradients: bool = False,
     ) -> SparseGradients:
         """The step's loss terms, and its gradients in a form that `full` or `update` finishes.
 
         Args:
             into: taken by `full` only.
             x, weights, activation, penalty, error_weight, sparsity_weight, noise: see `reference.step_gradients`.
+            row_gradients: whether the result is to have them.
         """
         ops, selection = self._ops, activation.selection
         entries, band = self._entries(x, weights, activation, noise)
@@ -137,6 +139,19 @@ class SparseStep:
             fired=fired,
             least_act=torch.cat([acts, acts.new_tensor([torch.inf])]).min() if selection.over == "batch" else None,
         )
+        if row_gradients:
+            pulled = acts * row_pull * dots
+            result.row_gradients = RowGradients(
+                delta_sq=ops.row_sums(entries, delta.square()),
+                acts_sq=ops.row_sums(entries, acts.square()),
+                pull_sq=error_pull.square() * sq_error,
+                along_sq=ops.row_sums(entries, pulled.square()),
+            )
+            if norms_here is not None:
+                norm_pull = (row_sparsity * norm_slope).masked_fill_(norms_here == 0, 0)
+                result.row_gradients.norm_sq = ops.row_sums(entries, norm_pull.square())
+                cross = norm_pull * pulled / norms_here.clamp_min(1e-30)
+                result.row_gradients.norm_cross = ops.row_sums(entries, cross)
         return SparseGradients(
             ops=ops,
             result=result,

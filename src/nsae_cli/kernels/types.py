@@ -119,6 +119,48 @@ class Penalty(Protocol):
 
 
 @dataclass
+class RowGradients:
+    """Sums from which the norm of each row's own part of ∂L/∂W_enc and ∂L/∂W_dec follows, without those parts.
+
+    With δ = ∂L/∂pre_acts and g = ∂L/∂x̂ of a row, a_j = sparsity_weight·∂φ/∂ν_j: its part of ∂W_enc is x ⊗ δ, row j of
+    its part of ∂W_dec is f_j·g + a_j·d_j/‖d_j‖ (before the projection of a unit decoder).
+
+    Attributes:
+        delta_sq: Σ_j δ_j² [B]
+        acts_sq: Σ_j f_j² [B]
+        pull_sq: ‖g‖² [B]
+        along_sq: Σ_j f_j²·(g·d_j)² [B]
+        norm_sq: Σ_j a_j² [B]; None for penalties without decoder norms
+        norm_cross: Σ_j f_j·a_j·(g·d_j)/‖d_j‖ [B]; None likewise
+    """
+
+    delta_sq: torch.Tensor
+    acts_sq: torch.Tensor
+    pull_sq: torch.Tensor
+    along_sq: torch.Tensor
+    norm_sq: torch.Tensor | None = None
+    norm_cross: torch.Tensor | None = None
+
+    @staticmethod
+    def cat(parts: list[RowGradients], nothing: torch.Tensor) -> RowGradients:
+        """Those of rows one after the other; `nothing` [0] stands for each sum where there are no rows."""
+        of_rows = parts or [RowGradients(nothing, nothing, nothing, nothing)]
+
+        def join(values: list[torch.Tensor | None]) -> torch.Tensor | None:
+            found = [value for value in values if value is not None]
+            return torch.cat(found) if found else None
+
+        return RowGradients(
+            torch.cat([part.delta_sq for part in of_rows]),
+            torch.cat([part.acts_sq for part in of_rows]),
+            torch.cat([part.pull_sq for part in of_rows]),
+            torch.cat([part.along_sq for part in of_rows]),
+            join([part.norm_sq for part in of_rows]),
+            join([part.norm_cross for part in of_rows]),
+        )
+
+
+@dataclass
 class StepResult:
     """What a kernel returns beside the gradients.
 
@@ -131,6 +173,7 @@ class StepResult:
         fired: whether each feature was positive in any row [F], bool
         least_act: the smallest positive act of the batch (∞ if there is none), a scalar; None unless the activation
             selects over the batch.
+        row_gradients: sums for the gradient norms of rows; None unless they were asked for.
     """
 
     error: torch.Tensor
@@ -140,3 +183,4 @@ class StepResult:
     l1: torch.Tensor
     fired: torch.Tensor
     least_act: torch.Tensor | None = None
+    row_gradients: RowGradients | None = None

@@ -1,49 +1,33 @@
-"""The metrics of a finished SAE on held-out rows: everything of docs/metrics.md that needs no language model."""
+"""The metrics of a finished SAE on held-out rows: what `measure` gives, and what needs the loss it was trained with."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from nsae_cli.kernels.decoder import remove_parallel_component_
 from nsae_cli.kernels.dense import DenseStep
-from nsae_cli.metrics.features import FeatureAccumulator
-from nsae_cli.metrics.groups import N_BINS, N_GROUPS, NON_SINKS, SINKS
+from nsae_cli.metrics.groups import N_BINS, N_GROUPS, SINKS
 from nsae_cli.metrics.norm_bias import (
-    EffectiveBatchFraction,
     GradShare,
-    NormBiasIndex,
     NormMoments,
     alpha_eff,
     group_gradient_projection,
     per_token_gradient_norms,
 )
-from nsae_cli.metrics.reconstruction import ReconstructionAccumulator
 from nsae_cli.sae.autoencoder import SparseAutoencoder, unfold_input_scale
 from nsae_cli.sae.nonlinearity import is_homogeneous
 from nsae_cli.sae.objective import Objective
 from nsae_cli.store.batches import HookRows
+from nsae_cli.training.measure import Evaluation, Measurements, RowSource, evaluation_batch, mean_row, reconstruct
 
-#: Entries of one batch's acts at most; bounds the memory of an evaluation.
-_ACTS_ENTRIES = 2**21
 _PROBE_ROWS = 4096
-
-#: Yields the evaluated rows, zero rows left out, with their context numbers.
-RowSource = Callable[[int], Iterator[tuple[HookRows, torch.Tensor]]]
-
-
-def evaluation_batch(d_sae: int) -> int:
-    """Rows per batch whose acts take a bounded amount of memory."""
-    return max(64, min(8192, _ACTS_ENTRIES // d_sae))
 
 
 @torch.no_grad()
-def evaluate(
-    sae: SparseAutoencoder, objective: Objective, unit_decoder: bool, rows: RowSource
-) -> tuple[dict[str, Any], torch.Tensor]:
+def evaluate(sae: SparseAutoencoder, objective: Objective, unit_decoder: bool, rows: RowSource) -> Evaluation:
     """Metrics of `sae` over the rows that `rows(batch_size)` yields, in the scopes all, ns, sinks and bins.
 
     Args:
@@ -51,57 +35,27 @@ def evaluate(
         objective: the loss that it was trained with, for loss_share, grad_share and G.
         unit_decoder: whether the decoder's gradient is projected (grad_share, G).
         rows: source of the rows; called three times.
-
-    Returns:
-        The metrics, ready for JSON (undefined values are None), and the features' densities [d_sae] float64.
     """
     batch = evaluation_batch(sae.d_sae)
-    mean = _mean_row(sae.d_in, rows, batch)
-    reconstruction = ReconstructionAccumulator(sae.d_in, mean)
-    features = FeatureAccumulator(sae.d_sae)
-    moments, shares, index, weights = NormMoments(), GradShare(), NormBiasIndex(), EffectiveBatchFraction()
+    mean = mean_row(sae.d_in, rows, batch)
+    measurements = Measurements(sae.d_in, sae.d_sae, mean, objective.l2_power, objective.l1_power)
+    shares = GradShare()
     for part, contexts in rows(batch):
-        x = part.x.float()
-        acts = sae.encode(x)
-        x_hat = sae.decode(acts)
-        error = x_hat - x
-        sq_error = torch.linalg.vecdot(error.double(), error.double())
-        x_sq = torch.linalg.vecdot(x.double(), x.double())
-        in_training = _TrainingUnits(sae, objective, acts, error, part)
-        reconstruction.update(
-            x, x_hat, part.norm, part.group, (acts > 0).sum(dim=1), acts.sum(dim=1), in_training.penalty()
-        )
-        features.update(acts, part.norm, part.group)
-        moments.update(part.norm, part.group)
+        batch_of_rows = reconstruct(sae, part, contexts)
+        in_training = _TrainingUnits(sae, objective, batch_of_rows.acts, batch_of_rows.x_hat - batch_of_rows.x, part)
+        measurements.update(batch_of_rows, in_training.penalty())
         shares.update(in_training.gradient_norms(unit_decoder), part.group)
-        index.update(contexts, part.norm, sq_error / x_sq, part.group != SINKS)
-        weights.update(part.norm.double().pow(-objective.l2_power) * sq_error)
-    metrics: dict[str, Any] = dict(reconstruction.compute(objective.l2_power, objective.l1_power))
-    _add_norm_bias(metrics, objective, moments, shares, index, weights)
-    _add_features(metrics, features)
+    evaluation = measurements.compute()
+    metrics = evaluation.metrics
+    _add_norm_bias(metrics, objective, measurements.moments, shares)
     projections = _gradient_projections(sae, objective, unit_decoder, rows)
     metrics["sinks"]["G"] = projections[SINKS]
     for scope, projection in zip(metrics["bins"], projections[:N_BINS], strict=True):
         scope["G"] = projection
-    return metrics, features.density()
+    return evaluation
 
 
-def _mean_row(d_in: int, rows: RowSource, batch: int) -> torch.Tensor:
-    total, count = torch.zeros(d_in, dtype=torch.float64), 0
-    for part, _ in rows(batch):
-        total += part.x.double().sum(dim=0)
-        count += len(part.norm)
-    return total / max(1, count)
-
-
-def _add_norm_bias(
-    metrics: dict[str, Any],
-    objective: Objective,
-    moments: NormMoments,
-    shares: GradShare,
-    index: NormBiasIndex,
-    weights: EffectiveBatchFraction,
-) -> None:
+def _add_norm_bias(metrics: dict[str, Any], objective: Objective, moments: NormMoments, shares: GradShare) -> None:
     relative = alpha_eff(moments, objective.l2_power, objective.l1_power, objective.degree)
     by_parameter = shares.compute()
 
@@ -114,19 +68,6 @@ def _add_norm_bias(
     for parameter, share in by_parameter.items():
         for scope, value in zip(scopes(metrics), scopes(share), strict=True):
             scope["grad_share"][parameter] = value
-    metrics["all"]["esf"] = weights.compute()
-    metrics["all"]["esf_before_training"] = moments.effective_batch_fraction(objective.l2_power)
-    metrics["ns"]["esf_before_training"] = moments.effective_batch_fraction(objective.l2_power, NON_SINKS)
-    slope = index.compute()
-    metrics["ns"] |= {"nbi": slope["nbi"], "nbi_low": slope["low"], "nbi_high": slope["high"]}
-
-
-def _add_features(metrics: dict[str, Any], features: FeatureAccumulator) -> None:
-    counts = features.compute()
-    metrics["all"]["dead_fraction"] = counts["dead_fraction"]
-    metrics["ns"]["dead_fraction"] = counts["dead_fraction_ns"]
-    metrics["all"]["sink_features"] = counts["n_sink_features"]
-    metrics["ns"]["norm_detectors"] = counts["n_norm_detectors"]
 
 
 class _TrainingUnits:

@@ -31,17 +31,18 @@ def finish_cell(plan: TrainPlan, name: str, cell: Cell, profile: HookProfile, re
     """Evaluates and saves one cell; its run.json, written last, marks it as complete. Returns run.json."""
     folder, config = plan.cell_folder(name), cell.config
     sae = cell.saved_sae()
-    metrics, density = evaluate(
+    evaluation = evaluate(
         sae,
         cell.objective,
         config.decoder == "unit",
         lambda batch: _until_stopped(plan.source.held_out_rows(profile, batch)),
     )
+    metrics = evaluation.metrics
     if not metrics["all"]["tokens"]:
         reporter.warn(f"{plan.source.name} has fewer than 20 contexts: no rows are held out, so {name} has no metrics")
     metadata = _sae_lens_metadata(plan.source.provenance, config.hook)
     write_sae(folder, sae, metadata | {"training_architecture": config.act})
-    commit.write_tensors(folder / "features.safetensors", {"density": density.float()})
+    commit.write_tensors(folder / "features.safetensors", {"density": evaluation.density.float()})
     warning = gamed_sparsity(cell, metrics)
     if warning:
         reporter.warn(f"{name}: {warning}")

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from nsae_cli.kernels.types import RowGradients
 from nsae_cli.metrics.groups import ALL, N_GROUPS, Scoped, group_sums, per_scope
 from nsae_cli.metrics.undefined import ratio
 
@@ -75,6 +76,26 @@ def per_token_gradient_norms(
         decoder_sq = decoder_sq + (4 * w * acts * pull * cosine + pull**2).sum(1)
     # Where the gradient vanishes the difference may round below 0.
     return encoder, decoder_sq.clamp(min=0).sqrt()
+
+
+def gradient_norms(sums: RowGradients, input_norm: Tensor, unit_decoder: bool) -> dict[str, Tensor]:
+    """The same norms from sums that a training step's kernel gave; float64 [B] by parameter name.
+
+    ‖∂W_enc‖ = ‖x‖‖δ‖; ‖∂W_dec‖ = √(‖f‖²‖g‖² + 2Σ f_i a_i (g·d_i)/‖d_i‖ + Σ a_i²), g = 2w e and a_i = b ∂S/∂‖d_i‖, or
+    with a unit decoder, whose rows have norm 1, √(‖f‖²‖g‖² − Σ f_i²(g·d_i)²).
+
+    Args:
+        sums: of the rows.
+        input_norm: ‖x‖ of what W_enc multiplies, [B].
+        unit_decoder: as above.
+    """
+    decoder_sq = sums.acts_sq.double() * sums.pull_sq.double()
+    if unit_decoder:
+        decoder_sq = decoder_sq - sums.along_sq.double()
+    elif sums.norm_sq is not None and sums.norm_cross is not None:
+        decoder_sq = decoder_sq + 2 * sums.norm_cross.double() + sums.norm_sq.double()
+    encoder = input_norm.double() * sums.delta_sq.double().sqrt()
+    return {"W_enc": encoder, "W_dec": decoder_sq.clamp(min=0).sqrt()}
 
 
 class GradShare:
