@@ -20,8 +20,11 @@ CONTEXTS, CONTEXT = 6, 20
 
 
 @pytest.fixture
-def sae_lens():
-    return pytest.importorskip("sae_lens", reason="the peer sae_lens is not installed")
+def sae_lens(monkeypatch):
+    """The package, which forgets after the test what was registered in it."""
+    package = pytest.importorskip("sae_lens", reason="the peer sae_lens is not installed")
+    monkeypatch.setattr(package.registry, "SAE_CLASS_REGISTRY", dict(package.registry.SAE_CLASS_REGISTRY))
+    return package
 
 
 def saved(folder, act: str) -> SparseAutoencoder:
@@ -56,11 +59,9 @@ def test_sparsify_still_computes_the_golden_numbers():
     torch.testing.assert_close(theirs.decode(top_acts, top_indices), expected["x_hat"], rtol=1e-5, atol=1e-3)
 
 
-def test_a_registered_tanh_relu_sae_opens_exactly(sae_lens, tmp_path, monkeypatch):
+def test_a_registered_tanh_relu_sae_opens_exactly(sae_lens, tmp_path):
     from nsae_cli.interop import saelens
 
-    known = {key: value for key, value in sae_lens.registry.SAE_CLASS_REGISTRY.items() if not key.startswith("nsae")}
-    monkeypatch.setattr(sae_lens.registry, "SAE_CLASS_REGISTRY", known)
     sae = saved(tmp_path, "tanh-relu")
     with pytest.raises(KeyError, match="nsae_tanh_relu"):
         sae_lens.SAE.load_from_disk(tmp_path)
