@@ -1,4 +1,4 @@
-"""An SAE that normalises each row before it encodes it and undoes that after decoding.
+"""SAEs that normalise or centre each row before they encode it and undo that after decoding.
 
 No weights of a plain SAE can express it: what is done depends on the row.
 """
@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from nsae_cli.sae.autoencoder import SparseAutoencoder
+from nsae_cli.sae.autoencoder import Autoencoder, SparseAutoencoder
 
 RowNorm = Literal["layer_norm", "constant_norm_rescale"]
 
@@ -60,3 +60,41 @@ class RowNormalizedAutoencoder:
     def to(self, device: torch.device | str) -> RowNormalizedAutoencoder:
         """The same on another device."""
         return RowNormalizedAutoencoder(self.inner.to(device), self.scheme)
+
+
+@dataclass
+class RowCentredAutoencoder:
+    """x ↦ inner(x − m) + m with m the row's mean over d_in: for an SAE that was trained on centred activations.
+
+    TransformerLens' ``center_writing_weights`` takes the mean over d_model out of everything that is written to the
+    residual stream. LayerNorm does not see it, so the model computes the same; an SAE does see it.
+    """
+
+    inner: Autoencoder
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations."""
+        return self.inner.d_in
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        return self.inner.d_sae
+
+    def reconstruct(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """acts [..., d_sae] of the centred rows, and x̂ [..., d_in] of raw x [..., d_in]."""
+        mean = x.mean(dim=-1, keepdim=True)
+        acts, x_hat = self.inner.reconstruct(x - mean)
+        return acts, x_hat + mean
+
+
+#: x̂ of an SAE trained on centred rows has hardly any mean over d_in, whatever it is given.
+_CENTRED_BELOW = 0.02
+
+
+@torch.no_grad()
+def reconstructs_centred(sae: Autoencoder, x: torch.Tensor) -> bool:
+    """Whether x̂ has no mean over d_in although x [B, d_in] has: Σ m(x̂)² < .02·Σ m(x)²."""
+    _, x_hat = sae.reconstruct(x)
+    return bool(x_hat.mean(dim=-1).square().sum() < _CENTRED_BELOW * x.mean(dim=-1).square().sum())

@@ -10,6 +10,7 @@ from nsae_cli.interop.conversion import PICKLES, how_to_convert
 from nsae_cli.interop.foreign import ForeignSae, hub_model, text, truth, whole_number
 from nsae_cli.interop.hub import WEIGHT_FILES, HubReference, download
 from nsae_cli.interop.tensors import refuse_non_finite
+from nsae_cli.store.commit import read_json
 from nsae_cli.store.sae_folder import RUN, load_sae
 
 _LISTED = 8
@@ -78,8 +79,7 @@ def _read_own(folder: Path) -> ForeignSae:
     weights = folder / saelens_reader.WEIGHTS
     for name, tensor in saved.sae.named().items():
         refuse_non_finite(weights, name, tensor)
-    run = saved.run
-    corpus = (run.get("inputs") or {}).get("corpus") or {}
+    run, metadata = saved.run, read_json(folder / saelens_reader.CONFIG).get("metadata") or {}
     return ForeignSae(
         sae=saved.sae,
         format="nsae",
@@ -90,7 +90,7 @@ def _read_own(folder: Path) -> ForeignSae:
         model=hub_model(run.get("model")),
         context_size=whole_number(run.get("context_size")),
         prepend_bos=truth(run.get("bos")),
-        dataset=text(corpus.get("name")),
+        dataset=text(metadata.get("dataset_path")),
         centred_weights=False,
         run=run,
     )

@@ -27,6 +27,7 @@ class Kind(Enum):
     SAE = ("saes", "run.json", "train")
     TOP_NORMS = ("top-norms", "top_norms.json", "analyze-top-norms")
     EVAL = ("evals", "eval.json", "eval")
+    AUDIT = ("audits", "audit.json", "audit")
 
     def __init__(self, folder: str, mark: str, command: str) -> None:
         self.folder = folder
