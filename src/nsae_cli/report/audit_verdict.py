@@ -11,13 +11,15 @@ from nsae_cli.report import format as fmt
 _SAME = 0.01
 #: γ within this of 1 is called unbiased.
 _UNBIASED = 0.02
+#: ΔCE that differs by less of itself is called the same.
+_SAME_COST = 0.02
 #: MRE from which a group is called given up.
 _GIVEN_UP = 0.9
 
 
 def audit_verdict(audit: Mapping[str, Any]) -> list[str]:
     """One sentence or two on each of: explained variance, sinks, error, norm bias, behaviour."""
-    found = (_variance(audit), _sinks(audit), _error(audit), _bias(audit), _behaviour(audit.get("behaviour")))
+    found = (_variance(audit), _sinks(audit), _error(audit), _bias(audit), _behaviour(audit))
     return [text for text in found if text]
 
 
@@ -131,22 +133,25 @@ def _bias(audit: Mapping[str, Any]) -> str:
     return f"{text}. It {verdict} {relative['reference']} ({difference})."
 
 
-def _behaviour(behaviour: Mapping[str, Any] | None) -> str:
+def _behaviour(audit: Mapping[str, Any]) -> str:
+    behaviour = audit.get("behaviour")
     if behaviour is None:
         return ""
     every, ordinary = behaviour["delta_ce_all"]["value"], behaviour["delta_ce_ns"]["value"]
-    clean, zero, mean = (behaviour[key]["value"] for key in ("ce_clean", "ce_recovered_zero", "ce_recovered_mean"))
     if every is None or ordinary is None:
         return ""
-    text = f"Spliced in everywhere it costs the model {_nats(every)} of cross-entropy (clean {fmt.plain(clean)})"
-    if every != ordinary:
-        text += f", without the sinks {_nats(ordinary)}"
-        if ordinary > 0 and every >= 2 * ordinary:
-            text += ": most of the damage is done at the sinks"
+    clean = fmt.plain(behaviour["ce_clean"]["value"])
+    text = f"Spliced in everywhere it costs the model {_nats(every)} of cross-entropy (clean {clean})"
+    if audit["sinks"]["evaluated"]:
+        if abs(every - ordinary) <= _SAME_COST * abs(every):
+            text += ", as much if the sinks are spared"
+        else:
+            most = ": most of the damage is done at the sinks" if ordinary > 0 and every >= 2 * ordinary else ""
+            text += f", and {_nats(ordinary)} if the sinks are spared{most}"
     recovered = [
-        f"{fmt.plain_percent(value)} against {what} ablation"
-        for value, what in ((zero, "zero"), (mean, "mean"))
-        if value is not None
+        f"{fmt.plain_percent(behaviour[key]['value'])} against {what} ablation"
+        for key, what in (("ce_recovered_zero", "zero"), ("ce_recovered_mean", "mean"))
+        if behaviour[key]["value"] is not None
     ]
     return f"{text}." + (f" Loss recovered: {', '.join(recovered)}." if recovered else "")
 
