@@ -7,6 +7,7 @@ measured that needs no knowledge of how it was trained, and what splicing it in 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,27 @@ def run_audit(
         return AuditResult(artifact, document, already_complete=False)
 
 
+def run_audits(
+    references: Sequence[str], options: AuditOptions, workspace: Workspace, name: str | None, reporter: Reporter
+) -> list[AuditResult]:
+    """Audits several SAEs, as `run_audit` does each; a group in the workspace stands for its cells.
+
+    Args:
+        name: the beginning of the results' names, or the name of the only one.
+    """
+    every = [sae for reference in references for sae in _cells(reference, workspace)]
+    several = name is not None and len(every) > 1
+    return [
+        run_audit(sae, options, workspace, f"{name}-{Path(sae).name}" if several else name, reporter) for sae in every
+    ]
+
+
+def _cells(reference: str, workspace: Workspace) -> list[str]:
+    group = workspace.folder(Kind.SAE, reference)
+    cells = sorted(mark.parent for mark in group.glob(f"*/{Kind.SAE.mark}"))
+    return [f"{reference}/{cell.name}" for cell in cells] or [reference]
+
+
 def _find(reference: str | None, workspace: Workspace, reporter: Reporter) -> tuple[str, ForeignSae]:
     """An SAE's name and the SAE."""
     if reference is None:
@@ -103,10 +125,16 @@ def _find(reference: str | None, workspace: Workspace, reporter: Reporter) -> tu
         return newest.name, read_folder(newest.path)
     own = workspace.folder(Kind.SAE, reference)
     if own.is_dir():
-        return reference, read_folder(own)
+        return _name_of(own, workspace), read_folder(own)
     found = open_sae(reference)
     local = Path(reference)
-    return (local.resolve().name if local.is_dir() else reference), found
+    return (_name_of(local, workspace) if local.is_dir() else reference), found
+
+
+def _name_of(folder: Path, workspace: Workspace) -> str:
+    """A name without a path: in the workspace NAME or NAME/CELL, elsewhere the folder's own."""
+    base, resolved = (workspace.root / Kind.SAE.folder).resolve(), folder.resolve()
+    return resolved.relative_to(base).as_posix() if base in resolved.parents else resolved.name
 
 
 def _open_store(options: AuditOptions, workspace: Workspace) -> ActivationStore | None:

@@ -215,6 +215,7 @@ def _in_store(found: ForeignSae, options: AuditOptions, hook: str, store: Activa
         )
     warnings = _changed(found, manifest.context_size, manifest.bos)
     info, text = _model_of_store(options, store, warnings) if options.behaviour else (None, None)
+    dtype = None if info is None else choose_model_dtype(options.model_dtype, choose_device(options.device)[0])
     return Setting(
         hook=hook,
         model=manifest.model,
@@ -226,7 +227,7 @@ def _in_store(found: ForeignSae, options: AuditOptions, hook: str, store: Activa
         source="store",
         held_out=found.run is not None,
         model_dtype=options.model_dtype,
-        identity={"model": manifest.model, "model_dtype": options.model_dtype},
+        identity={"model": manifest.model, "model_dtype": dtype},
         warnings=warnings,
     )
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from nsae_cli.analysis.audit import run_audits
+from nsae_cli.analysis.audit_options import AuditOptions
 from nsae_cli.analysis.norms_artifact import NormsOptions, run_norms
 from nsae_cli.analysis.top_norms_artifact import TopNormsOptions, run_top_norms
 from nsae_cli.experiment.train import TrainCommandOptions, choose_source
@@ -71,6 +73,7 @@ class CommandSpec:
         several_inputs: whether it can read more than one.
         store_key: a second key that names a store to measure on.
         instead_of_input: an option that takes the input's place.
+        from_elsewhere: whether an input may also be a folder or a hub id of another library's.
     """
 
     options: type[BaseModel]
@@ -81,6 +84,7 @@ class CommandSpec:
     several_inputs: bool = False
     store_key: str | None = None
     instead_of_input: str | None = None
+    from_elsewhere: bool = False
 
 
 def _collect(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:
@@ -112,6 +116,18 @@ def _analyze(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Re
     return StageResult("analyze-top-norms", artifacts, documents, analysis.figures, analysis.already_complete)
 
 
+def _audit(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:
+    options = stage.options.model_copy(update={"activations": stage.activations})
+    results = run_audits(inputs, options, workspace, stage.name, reporter)
+    return StageResult(
+        "audit",
+        [result.artifact for result in results],
+        [result.document for result in results],
+        [],
+        all(result.already_complete for result in results),
+    )
+
+
 COMMANDS: dict[str, CommandSpec] = {
     "collect": CommandSpec(CollectConfig, Kind.ACTIVATIONS, None, None, _collect),
     "norms": CommandSpec(NormsOptions, Kind.NORMS, "activations", Kind.ACTIVATIONS, _norms),
@@ -120,5 +136,15 @@ COMMANDS: dict[str, CommandSpec] = {
     ),
     "analyze-top-norms": CommandSpec(
         TopNormsOptions, Kind.TOP_NORMS, "saes", Kind.SAE, _analyze, several_inputs=True, store_key="activations"
+    ),
+    "audit": CommandSpec(
+        AuditOptions,
+        Kind.AUDIT,
+        "saes",
+        Kind.SAE,
+        _audit,
+        several_inputs=True,
+        store_key="activations",
+        from_elsewhere=True,
     ),
 }

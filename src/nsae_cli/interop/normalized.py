@@ -89,12 +89,17 @@ class RowCentredAutoencoder:
         return acts, x_hat + mean
 
 
-#: x̂ of an SAE trained on centred rows has hardly any mean over d_in, whatever it is given.
-_CENTRED_BELOW = 0.02
+#: From which share of Σ‖x‖² the rows' means are worth looking at; x̂ has none if less than so much of theirs is left.
+_MEANS_MATTER, _NO_MEAN_BELOW = 1e-3, 0.02
+#: x̂ must have at least so much of Σ‖x‖²: nothing follows from the mean of what is hardly there.
+_RECONSTRUCTS = 0.25
 
 
 @torch.no_grad()
 def reconstructs_centred(sae: Autoencoder, x: torch.Tensor) -> bool:
-    """Whether x̂ has no mean over d_in although x [B, d_in] has: Σ m(x̂)² < .02·Σ m(x)²."""
+    """Whether an SAE shows the mark of centred activations: x̂ has no mean over d_in although x [B, d_in] has."""
     _, x_hat = sae.reconstruct(x)
-    return bool(x_hat.mean(dim=-1).square().sum() < _CENTRED_BELOW * x.mean(dim=-1).square().sum())
+    total, means = x.square().sum(), x.shape[-1] * x.mean(dim=-1).square().sum()
+    if means < _MEANS_MATTER * total or x_hat.square().sum() < _RECONSTRUCTS * total:
+        return False
+    return bool(x.shape[-1] * x_hat.mean(dim=-1).square().sum() < _NO_MEAN_BELOW * means)
