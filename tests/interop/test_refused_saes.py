@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from nsae_cli.errors import ArtifactError, NumericalError, ResourceError, UsageError
 from nsae_cli.interop import hub
-from nsae_cli.interop.conversion import openai_snippet
+from nsae_cli.interop.conversion import dictionary_learning_snippet, openai_snippet
 from nsae_cli.interop.opening import open_sae
 from nsae_cli.lm.hub import HubRepository
 
@@ -129,6 +130,12 @@ def test_the_documented_conversion_of_openai_works(tmp_path):
     found = open_sae(str(tmp_path))
     torch.testing.assert_close(found.sae.reconstruct(expected["x"])[0], expected["acts"], rtol=1e-5, atol=1e-5)
     assert found.hook == "blocks.8.hook_resid_post"
+
+
+def test_the_documentation_shows_these_conversions():
+    text = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+    assert openai_snippet("8.pt", "sae-8", "resid_post_mlp", 8) in text
+    assert dictionary_learning_snippet("ae.pt", "ae.safetensors").replace("; ", "\n") in text
 
 
 @pytest.mark.parametrize("name", ["sae.pkl", "pytorch_model.bin"])
