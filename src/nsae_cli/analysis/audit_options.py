@@ -40,7 +40,7 @@ class AuditOptions(BaseModel):
         None, description="take each row's mean away before and put it back (default: found out)"
     )
     reference: str | None = Field(None, description="an SAE on the same hook that nbi is compared with")
-    model_dtype: Literal["auto"] | DTypeName = Field("auto", description="computation of the model")
+    model_dtype: Literal["auto"] | DTypeName = Field("fp32", description="computation of the model")
     device: DeviceOption = Field("auto", description="where the model runs")
 
     @model_validator(mode="after")

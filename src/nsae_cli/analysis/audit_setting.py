@@ -243,6 +243,21 @@ def _model_of_store(
         return None, None
     try:
         info = inspect_model(name, options.revision or (None if options.model else store.manifest.revision))
-        return info, held_out_text(store, options.row_limit)
+        text = held_out_text(store, options.row_limit)
+        _require_readable(info, text, store.name)
+        return info, text
     except NsaeError as error:
         raise type(error)(f"{error} (or leave ΔCE out with --no-behaviour)") from error
+
+
+def _require_readable(info: ModelInfo, text: Text, name: str) -> None:
+    if text.longest > info.max_context:
+        raise UsageError(
+            f"{name} has contexts of {text.longest} tokens, {info.name} reads at most {info.max_context}; give the "
+            f"right --model"
+        )
+    largest = max(int(context.max()) for context in text.contexts)
+    if largest >= info.vocab_size:
+        raise ArtifactError(
+            f"{name} holds token {largest}, {info.name} has 0-{info.vocab_size - 1}; it was tokenized for another model"
+        )

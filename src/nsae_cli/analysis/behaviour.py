@@ -7,7 +7,6 @@ as their batch.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,10 +26,11 @@ from nsae_cli.metrics.context_sums import ContextSums
 from nsae_cli.metrics.groups import N_GROUPS, SINKS
 from nsae_cli.reporter import Reporter, Task
 from nsae_cli.sae.autoencoder import Autoencoder
-from nsae_cli.training.evaluate import RowSource
+from nsae_cli.training.measure import RowSource
 
 #: Autoencoders that share a pass: what an interruption can lose, against what the plain pass costs.
 _TOGETHER = 16
+_TOGETHER_BYTES = 2**30
 #: Tokens of a forward pass, and the largest logits of one.
 _BATCH_TOKENS = {"cpu": 1024, "mps": 8192, "cuda": 32768}
 _LOGIT_BYTES = {"cpu": 2**28, "mps": 2**29, "cuda": 2**31}
@@ -133,8 +133,15 @@ class BehaviourStudy:
             NumericalError: values that are not finite.
             Interrupted: a signal asked to stop.
         """
-        iterator = iter(subjects)
-        while chunk := list(itertools.islice(iterator, _TOGETHER)):
+        chunk: list[Subject] = []
+        size = 0
+        for subject in subjects:
+            size += 8 * subject.sae.d_in * subject.sae.d_sae
+            if chunk and (len(chunk) == _TOGETHER or size > _TOGETHER_BYTES):
+                yield from self._evaluate_chunk(chunk)
+                chunk, size = [], 8 * subject.sae.d_in * subject.sae.d_sae
+            chunk.append(subject)
+        if chunk:
             yield from self._evaluate_chunk(chunk)
 
     def _evaluate_chunk(self, subjects: Sequence[Subject]) -> Iterator[Evaluation]:

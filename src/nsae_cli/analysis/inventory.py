@@ -41,6 +41,10 @@ def _detail(artifact: Artifact) -> str | None:
             return f"{document['hook']}, {document['d_sae']} features" + ("" if l0 is None else f", L0 {l0:.3g}")
         if artifact.kind is Kind.AUDIT:
             return f"{document['rows']['rows']:,} rows at {document['hook']}, {document['sae']['name']}"
+        if artifact.kind is Kind.EVAL:
+            delta = document["behaviour"]["delta_ce_ns"]["value"]
+            shown = "" if delta is None else f", ΔCE at non-sinks {delta:.3g}"
+            return f"{document['rows']['tokens']:,} tokens, {document['sae']['name']}{shown}"
         return f"top {document['top']:.3g} of {document['rows']:,} rows, {document['sae']['name']}"
     except (NsaeError, KeyError, TypeError, ValueError):
         return None

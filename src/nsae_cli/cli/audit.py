@@ -68,7 +68,7 @@ def command(
     ] = None,
     model_dtype: Annotated[
         str, typer.Option(metavar="auto|fp16|bf16|fp32", help="Computation of the model; auto is bf16 on CUDA.")
-    ] = "auto",
+    ] = "fp32",
     device: Device = "auto",
     name: Name = None,
 ) -> None:

@@ -22,7 +22,15 @@ def command(
     and the paths of all figures.
     """
     from nsae_cli.experiment.run import run_config
-    from nsae_cli.report.tables import audit_table, norms_table, top_norms_findings, top_norms_table, train_table
+    from nsae_cli.report.tables import (
+        audit_table,
+        eval_findings,
+        eval_table,
+        norms_table,
+        top_norms_findings,
+        top_norms_table,
+        train_table,
+    )
 
     session = session_of(context)
     results = run_config(config, session.workspace, session.reporter)
@@ -43,6 +51,9 @@ def command(
             elif result.command == "audit":
                 for document in result.documents:
                     parts += [audit_table(document), ""]
+            elif result.command == "eval":
+                parts.append(eval_table(result.documents))
+                parts += [Text(sentence) for sentence in eval_findings(result.documents)]
             parts.append("")
         figures = [figure for result in results for figure in result.figures]
         if figures:

@@ -11,6 +11,8 @@ from pydantic import BaseModel
 
 from nsae_cli.analysis.audit import run_audits
 from nsae_cli.analysis.audit_options import AuditOptions
+from nsae_cli.analysis.eval import run_eval
+from nsae_cli.analysis.eval_text import EvalOptions
 from nsae_cli.analysis.norms_artifact import NormsOptions, run_norms
 from nsae_cli.analysis.top_norms_artifact import TopNormsOptions, run_top_norms
 from nsae_cli.experiment.train import TrainCommandOptions, choose_source
@@ -44,7 +46,7 @@ class Stage:
         reads: what it reads: names in the workspace, paths, or the number of the stage whose result it reads; empty
             where the command takes no input.
         name: of its result, or None for the default.
-        activations: for analyze-top-norms, the store to measure on, or None.
+        activations: for analyze-top-norms and eval, the store to measure on, or None.
     """
 
     command: str
@@ -128,6 +130,13 @@ def _audit(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Repo
     )
 
 
+def _eval(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:
+    made = run_eval(inputs, stage.activations, stage.options, workspace, stage.name, reporter)
+    artifacts = [result.artifact for result in made.results]
+    documents = [result.document for result in made.results]
+    return StageResult("eval", artifacts, documents, [], made.already_complete)
+
+
 COMMANDS: dict[str, CommandSpec] = {
     "collect": CommandSpec(CollectConfig, Kind.ACTIVATIONS, None, None, _collect),
     "norms": CommandSpec(NormsOptions, Kind.NORMS, "activations", Kind.ACTIVATIONS, _norms),
@@ -147,4 +156,5 @@ COMMANDS: dict[str, CommandSpec] = {
         store_key="activations",
         from_elsewhere=True,
     ),
+    "eval": CommandSpec(EvalOptions, Kind.EVAL, "saes", Kind.SAE, _eval, several_inputs=True, store_key="activations"),
 }

@@ -1,9 +1,9 @@
 """A causal language model's logits with other values in its residual stream.
 
 The forward pass can begin at the hook: for its duration the list of blocks is `[_Emit, *blocks behind the hook]`, and
-`_Emit` returns the residual that it was given, whatever comes in. The model's own `forward` does everything else (masks,
-final LayerNorm, head), so nothing of the architecture is repeated here, and a residual that is put back unchanged gives
-the bits of the plain pass.
+`_Emit` returns the residual that it was given, whatever comes in. The model's own `forward` does everything else
+(masks, final LayerNorm, head), so nothing of the architecture is repeated here, and a residual that is put back
+unchanged gives the bits of the plain pass.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Splicer:
     Args:
         model: a causal language model with its head, in evaluation mode.
         family: where it keeps its blocks.
-        hook: ``blocks.{layer}.hook_resid_pre`` or ``…_post``; the last block's ``…_post`` is before the final LayerNorm.
+        hook: ``blocks.{layer}.hook_resid_pre`` or ``…_post``, the last block's before the final LayerNorm.
 
     Raises:
         ArtifactError: the model has no such hook.

@@ -182,7 +182,7 @@ def _take(numbered: Iterable[tuple[int, TokenIds]], tokens: int | None, name: st
             if len(context) > left:
                 if not contexts:
                     raise UsageError(
-                        f"--tokens {tokens}: the first context of {name} has {len(context)} tokens, expected as many"
+                        f"--tokens {tokens}: expected at least {len(context)}, the first context of {name}"
                     )
                 break
             left -= len(context)

@@ -70,10 +70,9 @@ def _sinks(audit: Mapping[str, Any]) -> str:
         if error >= _GIVEN_UP and ratio is not None and ratio <= 0.1:
             parts.append(f"{who}: given up, reconstructions have {fmt.plain_percent(ratio)} of the length.")
         else:
-            parts.append(
-                f"{who}: mean relative error {fmt.plain(error)}, against "
-                f"{fmt.plain(audit['metrics']['ns'].get('mre'))} of ordinary tokens."
-            )
+            others = audit["metrics"]["ns"].get("mre")
+            against = "" if others is None else f", against {fmt.plain(others)} of ordinary tokens"
+            parts.append(f"{who}: mean relative error {fmt.plain(error)}{against}.")
     top, other, bottom = (groups[key] for key in ("top", "other", "bottom"))
     share = fmt.plain_percent(audit["top"])
     values = [part["l0"]["mean"] for part in (top, other, bottom)]
