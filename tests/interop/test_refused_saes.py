@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import torch
 from golden_saes import GOLDEN, change_config, change_tensors, copied
 from safetensors.torch import load_file
 
-from nsae_cli.errors import ArtifactError, NumericalError, ResourceError, UsageError
+from nsae_cli.errors import ArtifactError, NsaeError, NumericalError, ResourceError, UsageError
 from nsae_cli.interop import hub
 from nsae_cli.interop.conversion import dictionary_learning_snippet, openai_snippet
 from nsae_cli.interop.opening import open_sae
@@ -195,3 +197,37 @@ def test_an_sae_on_the_hub(monkeypatch, tmp_path):
     assert asked["repository"] == "org/repo"
     assert asked["revision"] == "abc"
     assert {"h.6/sae.safetensors", "h.6/cfg.json", "config.json"} <= set(asked["allow_patterns"])
+
+
+# Hostile configurations -----------------------------------------------------------------------------------------------
+
+
+def paths_of(value: object, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Every key of nested mappings, as a path."""
+    if not isinstance(value, dict):
+        return [path]
+    return [found for key, inner in value.items() for found in [(*path, key), *paths_of(inner, (*path, key))]]
+
+
+@pytest.mark.parametrize("golden", ["saelens6-topk", "saelens5-topk", "sparsify/h.6", "openai-topk",
+                                    "dictionary_learning-AutoEncoderTopK"])  # fmt: skip
+def test_nonsense_in_a_configuration_is_an_error_of_nsae_or_none(tmp_path, golden):
+    folder = copied(golden, tmp_path)
+    file = next(path for path in folder.glob("*.json"))
+    original = json.loads(file.read_text())
+    for path in dict.fromkeys(paths_of(original)):
+        for value in ([], [1], {}, {"k": []}, None, True, -1, 0, 10**30, 1.5, "", "x", "\ud83d"):
+            changed = json.loads(json.dumps(original))
+            place = changed
+            for key in path[:-1]:
+                place = place[key]
+            place[path[-1]] = value
+            file.write_text(json.dumps(changed))
+            with contextlib.suppress(NsaeError):
+                found = open_sae(str(folder))
+                assert found.hook is None or isinstance(found.hook, str)
+                assert found.context_size is None or found.context_size > 0
+    for text in ("", "[]", "3", "{", '{"a": NaN}', '{"a": 1, "a": 2}', "[" * 100_000):
+        file.write_text(text)
+        with pytest.raises(ArtifactError):
+            open_sae(str(folder))

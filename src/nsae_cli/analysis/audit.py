@@ -81,9 +81,8 @@ def run_audit(
         artifact_name = name or check_name(re.sub(r"[^A-Za-z0-9._\-]+", "-", sae_name).strip("-._")[:120] or "sae")
         artifact = Artifact(Kind.AUDIT, artifact_name, workspace.folder(Kind.AUDIT, artifact_name))
         wanted = {
-            "sae": {"name": sae_name, "weights_sha256": commit.file_sha256(found.weights_file)},
-            "reference": compared
-            and {"name": compared[0], "weights_sha256": commit.file_sha256(compared[1].weights_file)},
+            "sae": _identity(sae_name, found),
+            "reference_sae": compared and _identity(*compared),
             "options": _options_of(options, setting, store),
         }
         if (artifact.path / Kind.AUDIT.mark).is_file():
@@ -155,17 +154,18 @@ def _options_of(options: AuditOptions, setting: Setting, store: ActivationStore 
     }
 
 
+def _identity(name: str, found: ForeignSae) -> dict[str, str]:
+    return {"name": name, "weights_sha256": commit.file_sha256(found.weights_file)}
+
+
 def _require_same(name: str, document: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for key in ("sae", "reference"):
-        if document.get(key if key == "sae" else "reference_sae") is None and wanted[key] is None:
-            continue
-        old, new = document.get("sae" if key == "sae" else "reference_sae") or {}, wanted[key] or {}
+    """Refuses to take another audit for this one, naming what differs."""
+    for key, label in (("sae", "SAE"), ("reference_sae", "--reference")):
+        old, new = document.get(key) or {}, wanted[key] or {}
         if any(old.get(part) != new.get(part) for part in ("name", "weights_sha256")):
-            what = "SAE" if key == "sae" else "--reference"
-            raise UsageError(
-                f"--name {name} holds another audit ({what} {old.get('name')} -> {new.get('name')}); "
-                f"choose another --name"
-            )
+            before, now = old.get("name", "none"), new.get("name", "none")
+            change = f"{before} -> {now}" if before != now else f"{now} has changed since"
+            raise UsageError(f"--name {name} holds another audit ({label} {change}); choose another --name")
     if document["options"] != wanted["options"]:
         changes = describe_changes(document["options"], wanted["options"])
         raise UsageError(f"--name {name} holds another audit ({changes}); choose another --name")
@@ -223,7 +223,7 @@ class _Audit:
                     for key in ("model", "hook", "context_size", "prepend_bos", "dataset")
                 },
             },
-            "reference_sae": wanted["reference"],
+            "reference_sae": wanted["reference_sae"],
             "versions": {"nsae": nsae_cli.__version__, "torch": torch.__version__},
             "options": wanted["options"],
             "model": self._setting.model,
@@ -345,12 +345,15 @@ class _OnDevice:
 
     @property
     def d_in(self) -> int:
+        """Width of the activations."""
         return self.inner.d_in
 
     @property
     def d_sae(self) -> int:
+        """Number of features."""
         return self.inner.d_sae
 
     def reconstruct(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """acts and x̂ on the device of x."""
         acts, x_hat = self.inner.reconstruct(x.float().cpu())
         return acts.to(x.device), x_hat.to(x.device)

@@ -43,7 +43,7 @@ def read_dictionary_learning(folder: Path) -> ForeignSae:
     if not isinstance(trainer, dict):
         raise ArtifactError(f"{path} has no trainer; it is not dictionary_learning's configuration")
     name = trainer.get("dict_class")
-    if name not in _SHAPES:
+    if name not in tuple(_SHAPES):
         raise ArtifactError(
             f"{path}: dict_class {name!r} is not one that nsae computes; known are {', '.join(_SHAPES)}"
         )

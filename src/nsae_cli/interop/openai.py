@@ -37,7 +37,7 @@ def read_openai(folder: Path) -> ForeignSae:
     if not isinstance(config, dict):
         raise ArtifactError(f"{path} is no JSON object; convert the .pt file again as docs/formats.md shows")
     location, layer = config.get("location"), config.get("layer")
-    if location not in LOCATIONS or not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
+    if location not in tuple(LOCATIONS) or not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
         raise ArtifactError(
             f"{path}: location {location!r}, layer {layer!r}; expected one of {', '.join(LOCATIONS)}, and a layer"
         )

@@ -86,7 +86,7 @@ def _is_legacy(config: dict[str, Any], metadata: dict[str, Any], path: Path) -> 
 def _architecture(config: dict[str, Any], path: Path) -> tuple[str, int | None]:
     """Architecture, and k of topk, of SAELens 6."""
     architecture = config.get("architecture")
-    if architecture not in _SHAPES:
+    if architecture not in tuple(_SHAPES):
         raise ArtifactError(
             f"{path}: architecture {architecture!r} is not one that nsae computes; known are {', '.join(_SHAPES)}"
         )
