@@ -76,7 +76,7 @@ def command(
 
     Runs the SAE's own model at its own hook and context length. Writes audits/NAME/audit.json.
     """
-    from nsae_cli.analysis.audit import run_audit
+    from nsae_cli.analysis.audit_artifact import run_audit
     from nsae_cli.analysis.audit_options import AuditOptions
     from nsae_cli.report.tables import audit_table
     from nsae_cli.values import validate_options

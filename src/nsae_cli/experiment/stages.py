@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from nsae_cli.analysis.audit import run_audits
+from nsae_cli.analysis.audit_artifact import run_audits
 from nsae_cli.analysis.audit_options import AuditOptions
 from nsae_cli.analysis.eval import run_eval
 from nsae_cli.analysis.eval_text import EvalOptions
