@@ -275,6 +275,14 @@ def test_nan_in_someones_sae(workspace, tmp_path):
     assert "W_dec holds 8,192 values that are not finite" in outcome.message
 
 
+def test_an_sae_whose_numbers_overflow_leaves_nothing_behind(workspace, tmp_path):
+    sae = make_sae(tmp_path / "huge", PLUS_MINUS * 3e38, PLUS_MINUS.T * 3e38)
+    outcome = nsae("--workspace", workspace, "audit", sae, *TEXT, "--no-behaviour")
+    assert outcome.code == 5
+    assert "huge: its reconstructions hold NaN or infinity" in outcome.message
+    assert not (workspace / "audits" / "huge").exists()
+
+
 # In a configuration ---------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,7 +66,12 @@ def run_audit(
             _require_same(artifact_name, document, wanted)
             return AuditResult(artifact, document, already_complete=True)
         commit.make_folder(artifact.path)
-        document = Audit(sae_name, found, compared, options, store, setting, reporter).run(wanted)
+        try:
+            document = Audit(sae_name, found, compared, options, store, setting, reporter).run(wanted)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                artifact.path.rmdir()
+            raise
         commit.write_json(artifact.path / Kind.AUDIT.mark, document)
         return AuditResult(artifact, document, already_complete=False)
 
