@@ -57,14 +57,20 @@ def test_an_autoencoder_of_any_kind_gets_every_number_that_needs_no_objective() 
     assert sinks["l1_share"] == pytest.approx(float(sq[is_sink].sum() / sq.sum()))
     assert everything["esf"] == pytest.approx(float(sq.sqrt().sum() ** 2 / (200 * sq.sum())))
     assert result.density.tolist() == [0, 1, 0]
+    # ρ does not depend on n, so n^(−1)‖e‖² is of degree 1; Σ f = n² of degree 2, whatever a loss would predict.
+    assert ns["exponents"]["loss"] == {"measured": pytest.approx(1.0), "predicted": 1}
+    assert ns["exponents"]["sparsity"] == {"measured": pytest.approx(2.0), "predicted": None}
     assert {"grad_share", "G", "alpha_eff"}.isdisjoint(everything)
 
 
 def test_batches_of_any_size_give_the_same_numbers() -> None:
     rows, contexts = rows_of(150)
     sizes = [evaluate_reconstruction(Halving(), source(rows, contexts), batch=size).metrics for size in (150, 7)]
+    for name, found in sizes[0]["ns"].pop("exponents").items():
+        assert found == pytest.approx(sizes[1]["ns"]["exponents"][name])
+    del sizes[1]["ns"]["exponents"]
     for scope in ("all", "ns", "sinks"):
-        assert sizes[0][scope] == pytest.approx(sizes[1][scope], nan_ok=False)
+        assert sizes[0][scope] == pytest.approx(sizes[1][scope])
 
 
 def test_a_stream_that_is_read_once_leaves_out_only_what_needs_the_mean_beforehand() -> None:
@@ -83,6 +89,29 @@ def test_with_its_objective_an_sae_keeps_the_numbers_that_it_has_without() -> No
     objective = Objective("relu", 1, 0, "l1", 0.3, 1.0)
     trained = evaluate(sae, objective, False, source(rows, contexts)).metrics
     plain = evaluate_reconstruction(sae, source(rows, contexts), l2_power=1).metrics
+    exponents, without = trained["ns"].pop("exponents"), plain["ns"].pop("exponents")
     for scope in ("all", "ns", "sinks"):
         assert {key: trained[scope][key] for key in plain[scope]} == pytest.approx(plain[scope])
         assert set(trained[scope]) > set(plain[scope])
+    assert exponents["loss"] == without["loss"]
+    assert exponents["sparsity"] == without["sparsity"] | {"predicted": 1}
+    assert set(exponents) == {"loss", "sparsity", "grad_W_enc", "grad_W_dec"}
+    assert exponents["grad_W_dec"]["predicted"] == 1
+
+
+def test_an_sae_that_scales_along_with_its_input_has_the_predicted_exponents() -> None:
+    """Without biases relu's x̂ and f grow as x does: every term has exactly the degree that is predicted for it."""
+    directions = torch.randn(4, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    g = torch.Generator().manual_seed(5)
+    W_enc, W_dec = torch.randn(6, 9, generator=g), torch.randn(9, 6, generator=g)
+    sae = SparseAutoencoder("relu", Weights(W_enc, torch.zeros(9), W_dec, torch.zeros(6)))
+    sizes = torch.logspace(0, 2, 50, dtype=torch.float64)
+    x = (directions / directions.norm(dim=1, keepdim=True))[:1] * sizes[:, None]
+    rows = HookRows(x.float(), x.norm(dim=1).float(), torch.arange(50) % SINKS, torch.zeros(50, dtype=torch.bool))
+    for p, q in ((0, 0), (1, 0), (2, 1)):
+        # Beside a small β the gradient's degree is that of the error, 2 − p.
+        objective = Objective("relu", p, q, "l1", 1e-9, 1.0)
+        found = evaluate(sae, objective, False, source(rows, torch.arange(50) // 8)).metrics["ns"]["exponents"]
+        predicted = {"loss": 2 - p, "sparsity": 1 - q, "grad_W_enc": 2 - p, "grad_W_dec": 2 - p}
+        assert {name: each["predicted"] for name, each in found.items()} == predicted
+        assert {name: each["measured"] for name, each in found.items()} == pytest.approx(predicted, abs=1e-5)

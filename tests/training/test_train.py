@@ -73,7 +73,12 @@ def test_metrics_lines(run, workspace):
     assert set(last) == {
         "step", "tokens", "loss", "loss_l2", "loss_sparsity", "l0_all", "l0_ns", "l1_all", "fvu_all", "fvu_ns",
         "mre_ns", "cosine_ns", "shrinkage_ns", "dead_fraction_window", "alpha", "lr", "loss_share", "bias_ratio", "nbi",
+        "l1_share", "grad_share", "exponents", "probe",
     }  # fmt: skip
+    assert [line["step"] for line in lines if line["probe"]] == [1, 40]
+    for share in (last["l1_share"], *last["grad_share"].values(), last["probe"]["G"]):
+        assert sum(value for value in share.values() if value is not None) == pytest.approx(1.0)
+    assert set(last["exponents"]) == {"loss", "sparsity", "grad_W_enc", "grad_W_dec"}
     assert last["tokens"] == 2560
     assert last["loss"] == pytest.approx(last["loss_l2"] + last["loss_sparsity"])
     assert last["alpha"] == 0.2

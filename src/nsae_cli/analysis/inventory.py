@@ -19,7 +19,9 @@ def take_inventory(workspace: Workspace) -> list[dict[str, Any]]:
             status, shown = ("complete", detail) if detail is not None else ("damaged", f"{kind.mark} cannot be read")
             rows.append(_row(kind, artifact.name, status, artifact.path, shown))
         for folder in workspace.unfinished(kind):
-            rows.append(_row(kind, folder.name, "unfinished", folder, f"run the same nsae {kind.command} again"))
+            # Stores come from collect or alter.
+            command = "command" if kind is Kind.ACTIVATIONS else f"nsae {kind.command}"
+            rows.append(_row(kind, folder.name, "unfinished", folder, f"run the same {command} again"))
     return rows
 
 
@@ -33,7 +35,9 @@ def _detail(artifact: Artifact) -> str | None:
     try:
         document = read_json(artifact.path / artifact.kind.mark)
         if artifact.kind is Kind.ACTIVATIONS:
-            return f"{document['rows']:,} rows × {document['d_in']}, {', '.join(document['hooks'])}"
+            altered = ", ".join(change["change"] for change in document.get("altered") or [])
+            rows = f"{document['rows']:,} rows × {document['d_in']}, {', '.join(document['hooks'])}"
+            return f"{rows}, {altered}" if altered else rows
         if artifact.kind is Kind.NORMS:
             return f"{len(document['hooks'])} layers of {document['activations']['name']}"
         if artifact.kind is Kind.SAE:

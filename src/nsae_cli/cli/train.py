@@ -106,6 +106,10 @@ def command(
     dead_window: Annotated[
         str, typer.Option(metavar="SIZE", help="Tokens after which a silent feature counts as dead.")
     ] = "262144",
+    probe_every: Annotated[
+        str,
+        typer.Option(metavar="auto|STEPS|off", help="How often to probe the gradient; auto: about 20 times a run."),
+    ] = "auto",
     buffer: Annotated[
         str, typer.Option(metavar="SIZE", help="Rows that are mixed in memory at a time; bounds host memory.")
     ] = "524288",

@@ -19,6 +19,7 @@ from nsae_cli.experiment.train import TrainCommandOptions, choose_source
 from nsae_cli.lm.collect import collect
 from nsae_cli.lm.config import CollectConfig
 from nsae_cli.reporter import Reporter
+from nsae_cli.store.alter import AlterOptions, alter_store
 from nsae_cli.store.shards import ActivationStore, open_activations
 from nsae_cli.store.workspace import Artifact, Kind, Workspace
 from nsae_cli.training.loop import train
@@ -104,6 +105,11 @@ def _norms(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Repo
     return StageResult("norms", [result.artifact], [result.document], result.figures, result.already_complete)
 
 
+def _alter(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:
+    result = alter_store(_store(inputs[0], workspace), stage.options, workspace, stage.name, reporter)
+    return StageResult("alter", [result.artifact], [result.manifest.model_dump()], [], result.already_complete)
+
+
 def _train(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:
     store = None if stage.options.from_model else workspace.find(Kind.ACTIVATIONS, inputs[0])[0]
     source = choose_source(stage.options, store)
@@ -140,6 +146,7 @@ def _eval(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Repor
 COMMANDS: dict[str, CommandSpec] = {
     "collect": CommandSpec(CollectConfig, Kind.ACTIVATIONS, None, None, _collect),
     "norms": CommandSpec(NormsOptions, Kind.NORMS, "activations", Kind.ACTIVATIONS, _norms),
+    "alter": CommandSpec(AlterOptions, Kind.ACTIVATIONS, "activations", Kind.ACTIVATIONS, _alter),
     "train": CommandSpec(
         TrainCommandOptions, Kind.SAE, "activations", Kind.ACTIVATIONS, _train, instead_of_input="from_model"
     ),

@@ -15,6 +15,10 @@ _SWEEP_STEPS = 100
 _NOTHING = 1e-30
 
 
+#: Decay rates of the moments.
+BETAS = (0.9, 0.999)
+
+
 class Adam:
     """State and step of Adam, without weight decay: the numbers of `torch.optim.Adam(…, fused=True)`.
 
@@ -27,7 +31,7 @@ class Adam:
         eps: added to the root of the second moment.
     """
 
-    def __init__(self, weights: Weights, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+    def __init__(self, weights: Weights, betas: tuple[float, float] = BETAS, eps: float = 1e-8) -> None:
         self._weights = weights
         self._betas, self._eps = betas, eps
         self._fused = weights.b_enc.device.type in _FUSED_ON

@@ -21,7 +21,7 @@ from nsae_cli.kernels.native_ops import NativeOps
 from nsae_cli.kernels.options import KernelOption, PrecisionOption
 from nsae_cli.kernels.sparse import SparseStep
 from nsae_cli.kernels.torch_ops import TorchOps
-from nsae_cli.kernels.types import Activation, Weights
+from nsae_cli.kernels.types import Activation, StepResult, Weights
 from nsae_cli.kernels.update import GradientBuffer, Gradients
 
 SparseKind = Literal["native", "torch", "triton"]
@@ -219,6 +219,19 @@ class AdaptiveKernel:
                 self._use_sparse = True
                 into.release()
         return gradients
+
+    def gradients(self, x: torch.Tensor, weights: Weights, gradients: Weights, **arguments: Any) -> StepResult:
+        """Loss terms and gradients of other rows, by the kernel that is next; what the steps go by stays as it is.
+
+        Args:
+            x, weights, gradients, arguments: see `reference.step_gradients`.
+        """
+        try:
+            return self._current()(x, weights, gradients, **arguments)
+        except TooManyEntriesError:
+            if self._dense is None:
+                raise
+            return self._dense(x, weights, gradients, **arguments)
 
     def state(self) -> dict[str, torch.Tensor]:
         """What the next step's choice depends on, for a checkpoint: a resumed run goes on with the same kernel."""

@@ -18,7 +18,7 @@ from nsae_cli.sae.objective import L1_POWER, L2_POWER, Objective, beta_from_alph
 from nsae_cli.store.batches import HookRows, stable_seed
 from nsae_cli.store.profile import HookProfile
 from nsae_cli.training.options import CellConfig
-from nsae_cli.training.schedule import learning_rate, ramp
+from nsae_cli.training.schedule import is_logged, learning_rate, ramp
 from nsae_cli.training.threshold import BatchThreshold
 
 
@@ -104,6 +104,7 @@ class Cell:
             error_weight=error_weight,
             sparsity_weight=sparsity_weight,
             noise=noise,
+            row_gradients=is_logged(step, config.steps, config.probe_every),
         )
         result = gradients.result
         if config.aux_k is not None:

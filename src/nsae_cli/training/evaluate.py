@@ -7,14 +7,12 @@ from typing import Any
 
 import torch
 
-from nsae_cli.kernels.decoder import remove_parallel_component_
-from nsae_cli.kernels.dense import DenseStep
 from nsae_cli.metrics.groups import N_BINS, N_GROUPS, SINKS
 from nsae_cli.metrics.norm_bias import (
     GradShare,
+    MeasuredExponents,
     NormMoments,
     alpha_eff,
-    group_gradient_projection,
     per_token_gradient_norms,
 )
 from nsae_cli.sae.autoencoder import SparseAutoencoder, unfold_input_scale
@@ -22,6 +20,7 @@ from nsae_cli.sae.nonlinearity import is_homogeneous
 from nsae_cli.sae.objective import Objective
 from nsae_cli.store.batches import HookRows
 from nsae_cli.training.measure import Evaluation, Measurements, RowSource, evaluation_batch, mean_row, reconstruct
+from nsae_cli.training.probe import probe_gradient
 
 _PROBE_ROWS = 4096
 
@@ -39,15 +38,22 @@ def evaluate(sae: SparseAutoencoder, objective: Objective, unit_decoder: bool, r
     batch = evaluation_batch(sae.d_sae)
     mean = mean_row(sae.d_in, rows, batch)
     measurements = Measurements(sae.d_in, sae.d_sae, mean, objective.l2_power, objective.l1_power)
-    shares = GradShare()
+    shares, exponents = GradShare(), MeasuredExponents()
     for part, contexts in rows(batch):
         batch_of_rows = reconstruct(sae, part, contexts)
         in_training = _TrainingUnits(sae, objective, batch_of_rows.acts, batch_of_rows.x_hat - batch_of_rows.x, part)
         measurements.update(batch_of_rows, in_training.penalty())
-        shares.update(in_training.gradient_norms(unit_decoder), part.group)
+        norms = in_training.gradient_norms(unit_decoder)
+        shares.update(norms, part.group)
+        exponents.update(part.norm, {f"grad_{name}": norm for name, norm in norms.items()}, batch_of_rows.non_sinks)
     evaluation = measurements.compute()
     metrics = evaluation.metrics
     _add_norm_bias(metrics, objective, measurements.moments, shares)
+    found = metrics["ns"]["exponents"]
+    if found:
+        found["sparsity"]["predicted"] = objective.degree - objective.l1_power
+    for name, measured in exponents.compute().items():
+        found[name] = {"measured": measured, "predicted": 2 - objective.l2_power}
     projections = _gradient_projections(sae, objective, unit_decoder, rows)
     metrics["sinks"]["G"] = projections[SINKS]
     for scope, projection in zip(metrics["bins"], projections[:N_BINS], strict=True):
@@ -113,38 +119,13 @@ class _TrainingUnits:
 def _gradient_projections(
     sae: SparseAutoencoder, objective: Objective, unit_decoder: bool, rows: RowSource
 ) -> list[float | None]:
-    """G_b = ⟨g_b, g⟩/‖g‖² of each group on a probe of the first evaluated rows; None without rows."""
+    """G_b of each group on a probe of the first evaluated rows; None without rows."""
     probe = next((part for part, _ in rows(_PROBE_ROWS)), None)
     if probe is None:
         return [None] * N_GROUPS
-    s = objective.input_scale
     thresholds = None if sae.threshold is None else sae.threshold.double().log()
-    scaled = unfold_input_scale(sae.act, dataclasses.replace(sae.weights, log_threshold=thresholds), s)
+    raw = dataclasses.replace(sae.weights, log_threshold=thresholds)
+    scaled = unfold_input_scale(sae.act, raw, objective.input_scale)
     # batchtopk's rows are evaluated one by one, by a threshold that no gradient moves.
     activation = sae.nonlinearity if objective.act == "batchtopk" else objective.nonlinearity
-    step = DenseStep()
-
-    def gradient(part: HookRows) -> dict[str, torch.Tensor]:
-        error_weight, sparsity_weight = objective.row_weights(part.norm, part.zero)
-        gradients = scaled.zeros_like()
-        step(
-            part.x.float() * s,
-            scaled,
-            gradients,
-            activation=activation,
-            penalty=objective.penalty,
-            error_weight=error_weight,
-            sparsity_weight=sparsity_weight * objective.beta_scaled,
-        )
-        if unit_decoder:
-            remove_parallel_component_(gradients.W_dec, scaled.W_dec)
-        return gradients.named()
-
-    total = gradient(probe)
-    projections: list[float | None] = []
-    for group in range(N_GROUPS):
-        # One group at a time: a gradient is as large as the SAE.
-        rows_of_group = probe.select(probe.group == group)
-        part = gradient(rows_of_group) if len(rows_of_group.norm) else None
-        projections += group_gradient_projection([part], total)
-    return projections
+    return probe_gradient(probe, scaled, objective, activation, objective.beta_scaled, unit_decoder).projections

@@ -27,8 +27,19 @@ T = TypeVar("T")
 _GAMED_MEAN_ACT, _GAMED_DECODER_NORM = 0.1, 5.0
 
 
-def finish_cell(plan: TrainPlan, name: str, cell: Cell, profile: HookProfile, reporter: Reporter) -> dict[str, Any]:
-    """Evaluates and saves one cell; its run.json, written last, marks it as complete. Returns run.json."""
+def finish_cell(
+    plan: TrainPlan,
+    name: str,
+    cell: Cell,
+    profile: HookProfile,
+    adam_sink_share: float | None,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Evaluates and saves one cell; its run.json, written last, marks it as complete. Returns run.json.
+
+    Args:
+        adam_sink_share: as the probes of the gradient left it.
+    """
     folder, config = plan.cell_folder(name), cell.config
     sae = cell.saved_sae()
     evaluation = evaluate(
@@ -38,6 +49,7 @@ def finish_cell(plan: TrainPlan, name: str, cell: Cell, profile: HookProfile, re
         lambda batch: _until_stopped(plan.source.held_out_rows(profile, batch)),
     )
     metrics = evaluation.metrics
+    metrics["sinks"]["adam_sink_share"] = adam_sink_share
     if not metrics["all"]["tokens"]:
         reporter.warn(f"{plan.source.name} has fewer than 20 contexts: no rows are held out, so {name} has no metrics")
     metadata = _sae_lens_metadata(plan.source.provenance, config.hook)

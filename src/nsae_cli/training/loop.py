@@ -26,6 +26,7 @@ from nsae_cli.training.checkpoint import Checkpoint
 from nsae_cli.training.finish import finish_cell
 from nsae_cli.training.options import TrainOptions
 from nsae_cli.training.plan import GROUP, TrainPlan, find_finished, make_plan
+from nsae_cli.training.probe import make_probes
 from nsae_cli.training.setup import hooks_by_stream, make_cells, make_streams, profile_hooks
 from nsae_cli.training.source import TrainingSource
 from nsae_cli.training.steps import StepLoop
@@ -157,7 +158,9 @@ class _Run:
         )
         streams = make_streams(plan, wave, self._profiles)
         cells = make_cells(plan, wave, self._profiles, self._kernel)
-        loop = StepLoop(plan, cells, streams, self._kernel.device, self._pool, self._options.checkpoint_every, reporter)
+        device = self._kernel.device
+        probes = make_probes(plan, cells, self._profiles, device)
+        loop = StepLoop(plan, cells, streams, probes, device, self._pool, self._options.checkpoint_every, reporter)
         started = time.monotonic()
         first_step = loop.restore(checkpoint)
         loop.run(first_step)
@@ -170,7 +173,7 @@ class _Run:
             def finish(name: str) -> dict[str, Any]:
                 cell = cells[name]
                 profile = self._profiles[cell.config.hook]
-                run = runs.get(name) or finish_cell(plan, name, cell, profile, reporter)
+                run = runs.get(name) or finish_cell(plan, name, cell, profile, probes[name].adam_sink_share, reporter)
                 task.advance(1)
                 return run
 

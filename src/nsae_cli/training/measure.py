@@ -14,7 +14,7 @@ import torch
 
 from nsae_cli.metrics.features import FeatureAccumulator
 from nsae_cli.metrics.groups import NON_SINKS, SINKS
-from nsae_cli.metrics.norm_bias import EffectiveBatchFraction, NormBiasIndex, NormMoments
+from nsae_cli.metrics.norm_bias import EffectiveBatchFraction, MeasuredExponents, NormBiasIndex, NormMoments
 from nsae_cli.metrics.reconstruction import ReconstructionAccumulator
 from nsae_cli.sae.autoencoder import Autoencoder
 from nsae_cli.store.batches import HookRows
@@ -106,7 +106,7 @@ class Measurements:
         self._l2_power, self._l1_power = l2_power, l1_power
         self._reconstruction = ReconstructionAccumulator(d_in, mean)
         self._features = FeatureAccumulator(d_sae)
-        self._index, self._weights = NormBiasIndex(), EffectiveBatchFraction()
+        self._index, self._weights, self._exponents = NormBiasIndex(), EffectiveBatchFraction(), MeasuredExponents()
         self.moments = NormMoments()
 
     @torch.no_grad()
@@ -118,13 +118,16 @@ class Measurements:
             penalty: S per row [B]; Σ f_i where it is None.
         """
         rows, acts = batch.rows, batch.acts
-        l1 = acts.sum(dim=1)
-        self._reconstruction.update(
-            batch.x, batch.x_hat, rows.norm, rows.group, (acts > 0).sum(dim=1), l1, l1 if penalty is None else penalty
-        )
+        l0, l1 = (acts > 0).sum(dim=1), acts.sum(dim=1)
+        penalty = l1 if penalty is None else penalty
+        self._reconstruction.update(batch.x, batch.x_hat, rows.norm, rows.group, l0, l1, penalty)
         self._features.update(acts, rows.norm, rows.group)
         self._index.update(batch.contexts, rows.norm, batch.rho, batch.non_sinks)
-        self._weights.update(rows.norm.double().pow(-self._l2_power) * batch.sq_error)
+        norm = rows.norm.double()
+        loss = norm.pow(-self._l2_power) * batch.sq_error
+        self._weights.update(loss)
+        sparsity = norm.pow(-self._l1_power) * penalty.double()
+        self._exponents.update(norm, {"loss": loss, "sparsity": sparsity}, batch.non_sinks)
         self.moments.update(rows.norm, rows.group)
 
     def compute(self) -> Evaluation:
@@ -132,6 +135,7 @@ class Measurements:
         metrics: dict[str, Any] = dict(self._reconstruction.compute(self._l2_power, self._l1_power))
         counts = self._features.compute()
         slope = self._index.compute()
+        predicted = {"loss": 2 - self._l2_power, "sparsity": None}
         metrics["all"] |= {
             "esf": self._weights.compute(),
             "esf_before_training": self.moments.effective_batch_fraction(self._l2_power),
@@ -143,6 +147,10 @@ class Measurements:
             "nbi": slope["nbi"],
             "nbi_low": slope["low"],
             "nbi_high": slope["high"],
+            "exponents": {
+                name: {"measured": measured, "predicted": predicted[name]}
+                for name, measured in self._exponents.compute().items()
+            },
             "dead_fraction": counts["dead_fraction_ns"],
             "norm_detectors": counts["n_norm_detectors"],
         }

@@ -14,6 +14,7 @@ from nsae_cli.errors import UsageError
 from nsae_cli.kernels.auxk import default_k_aux
 from nsae_cli.kernels.options import KernelOption, PrecisionOption
 from nsae_cli.sae.objective import DEFAULT_ALPHA, DEFAULT_DECODER, DEFAULT_SPARSITY, refused_combination
+from nsae_cli.training.schedule import probe_interval
 from nsae_cli.values import Fraction, Size, split_list
 
 Act = Literal["relu", "tanh-relu", "topk", "batchtopk", "jumprelu"]
@@ -95,6 +96,7 @@ class TrainOptions(BaseModel):
     input_scale: Literal["auto"] | Positive = Field("auto", description="s of x' = s·x")
     sinks: Annotated[list[Sinks], _Split] = Field(["keep"], description="train on sink rows or not")
     dead_window: Size = Field(262_144, gt=0, description="tokens after which a silent feature counts as dead")
+    probe_every: Literal["auto", "off"] | Count = Field("auto", description="steps between probes of the gradient")
     buffer: Size = Field(524_288, gt=0, description="rows that are mixed in memory")
     seed: Annotated[list[Size], _Split] = Field([0], description="of data order, initialisation and noise")
     device: DeviceOption = "auto"
@@ -141,6 +143,8 @@ class CellConfig(BaseModel):
     buffer: int
     seed: int
     deterministic: bool
+    # What later versions added; a run.json from before has none of it.
+    probe_every: int | None = None
 
     @property
     def steps(self) -> int:
@@ -197,7 +201,7 @@ def expand_cells(options: TrainOptions, hooks: list[str], d_in: int, epoch_rows:
     }
     aux_k = {"auto": default_k_aux(d_in), "off": None}.get(str(options.aux_k), options.aux_k)
     shared = options.model_dump(include=set(CellConfig.model_fields) - set(axes) - {"aux_k"})
-    shared |= {"tokens": tokens, "lr_decay": LR_DECAY}
+    shared |= {"tokens": tokens, "lr_decay": LR_DECAY, "probe_every": _probe_every(options, tokens)}
     cells: dict[str, CellConfig] = {}
     hook_names = _hook_names(hooks)
     for values in itertools.product(*axes.values()):
@@ -215,6 +219,13 @@ def expand_cells(options: TrainOptions, hooks: list[str], d_in: int, epoch_rows:
     if problems:
         raise UsageError.from_problems(list(problems))
     return cells
+
+
+def _probe_every(options: TrainOptions, tokens: int) -> int | None:
+    every = options.probe_every
+    if isinstance(every, str):
+        return probe_interval(tokens // options.batch_size) if every == "auto" else None
+    return every
 
 
 def _misplaced(options: TrainOptions) -> list[str]:

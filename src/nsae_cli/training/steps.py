@@ -16,7 +16,9 @@ from nsae_cli.training.cell import Cell
 from nsae_cli.training.cell_pool import CellPool
 from nsae_cli.training.checkpoint import Checkpoint
 from nsae_cli.training.plan import TrainPlan
-from nsae_cli.training.records import MetricsLog, log_interval, step_record
+from nsae_cli.training.probe import CellProbe
+from nsae_cli.training.records import MetricsLog, step_record
+from nsae_cli.training.schedule import is_logged
 from nsae_cli.training.setup import initialise_cells, stream_key
 from nsae_cli.training.source import StreamKey, TrainingStream
 
@@ -29,12 +31,13 @@ class StepLoop:
         plan: TrainPlan,
         cells: dict[str, Cell],
         streams: dict[StreamKey, TrainingStream],
+        probes: dict[str, CellProbe],
         device: torch.device,
         pool: CellPool,
         checkpoint_every: str | int,
         reporter: Reporter,
     ) -> None:
-        self._plan, self._cells, self._streams = plan, cells, streams
+        self._plan, self._cells, self._streams, self._probes = plan, cells, streams, probes
         self._device, self._pool, self._reporter = device, pool, reporter
         self._clock = _CheckpointClock(checkpoint_every)
         self._logs: dict[str, MetricsLog] = {}
@@ -49,6 +52,7 @@ class StepLoop:
             if checkpoint is not None:
                 cell.load_state(checkpoint.cells[name])
                 self._streams[stream_key(cell.config)].load_state(checkpoint.cells[name])
+                self._probes[name].load_state(checkpoint.cells[name])
             content = b"" if checkpoint is None else checkpoint.logs[name]
             self._logs[name] = MetricsLog(self._plan.cell_folder(name) / "metrics.jsonl", content)
         self._note_stream_states()
@@ -65,7 +69,6 @@ class StepLoop:
         """
         plan = self._plan
         batches = {key: stream.batches(first_step) for key, stream in self._streams.items()}
-        interval = log_interval(plan.steps)
         with self._reporter.task("training", (plan.steps - first_step) * plan.batch_size, "rows") as task:
             for step in range(first_step, plan.steps):
                 if (signum := interrupt.stop_requested()) is not None:
@@ -76,8 +79,7 @@ class StepLoop:
                     taken = self._take(batches)
                 except Interrupted as stopped:
                     raise self._stopped(step, stopped.signum) from stopped
-                log_now = (step + 1) % interval == 0 or step + 1 == plan.steps
-                self._step(taken, step, log_now, task)
+                self._step(taken, step, task)
                 task.advance(plan.batch_size)
         self._save(plan.steps)
 
@@ -100,14 +102,15 @@ class StepLoop:
             name: self._streams[stream_key(cell.config)].state() for name, cell in self._cells.items()
         }
 
-    def _step(self, taken: dict[StreamKey, Batch], step: int, log_now: bool, task: Task) -> None:
+    def _step(self, taken: dict[StreamKey, Batch], step: int, task: Task) -> None:
         def advance(name: str) -> dict[str, Any] | None:
             cell = self._cells[name]
             rows = taken[stream_key(cell.config)][cell.config.hook]
+            probe = self._probes[name].measure(cell, step)
             log = cell.train_step(rows, step)
-            if not log_now:
+            if not is_logged(step, cell.config.steps, cell.config.probe_every):
                 return None
-            record = step_record(cell, rows, log, step)
+            record = step_record(cell, rows, log, step) | {"probe": probe}
             self._logs[name].append(record)
             return record
 
@@ -121,7 +124,10 @@ class StepLoop:
     def _save(self, step: int) -> None:
         self._plan.checkpoints.save(
             step,
-            {name: cell.state() | self._stream_states[name] for name, cell in self._cells.items()},
+            {
+                name: cell.state() | self._stream_states[name] | self._probes[name].state()
+                for name, cell in self._cells.items()
+            },
             {name: log.content() for name, log in self._logs.items()},
         )
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from nsae_cli.kernels.types import RowGradients
+from nsae_cli.kernels.types import RowGradients, in_memory_order
 from nsae_cli.metrics.groups import ALL, N_GROUPS, Scoped, group_sums, per_scope
 from nsae_cli.metrics.undefined import ratio
 
@@ -126,25 +126,40 @@ class GradShare:
 
 
 def group_gradient_projection(
-    group_gradients: Sequence[Mapping[str, Tensor] | None], total: Mapping[str, Tensor]
+    group_gradients: Sequence[Mapping[str, Tensor] | None], total: Mapping[str, Tensor], total_sq: float | None = None
 ) -> list[float | None]:
     """G_b = ⟨g_b, g⟩ / ‖g‖² for each group's gradient g_b; ΣG_b = 1 where the g_b add up to g.
 
     A negative G_b: the group's rows pull against the step that is taken.
 
     Args:
-        group_gradients: per group the gradients by parameter name of its rows' part of the batch loss, after the
-            decoder's projection and before clipping; None for a group without rows.
-        total: g, the gradients of the whole batch loss by the same names.
+        group_gradients: per group the gradients by parameter name of its rows' part of the batch loss, before clipping;
+            None for a group without rows. Whether the decoder's projection was taken of them does not matter: what it
+            removes is perpendicular to the projected whole.
+        total: g, the gradients of the whole batch loss by the same names, after the projection.
+        total_sq: ‖g‖², where it is known already.
 
     Returns:
         One number per group; None where g_b is None, or all None if g = 0.
     """
-    total_sq = _inner(total, total)
+    total_sq = squared_norm(total) if total_sq is None else total_sq
     return [None if g is None else ratio(_inner(g, total), total_sq) for g in group_gradients]
 
 
+def squared_norm(gradients: Mapping[str, Tensor]) -> float:
+    """‖g‖² over all parameters."""
+    return _inner(gradients, gradients)
+
+
 def _inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """Σ a·b over all parameters: along the last axis in memory in their own dtype, the rest in float64."""
     if a.keys() != b.keys():
         raise ValueError(f"gradients of {sorted(a)} cannot be compared with gradients of {sorted(b)}")
-    return sum(torch.dot(a[name].double().flatten(), b[name].double().flatten()).item() for name in a)
+    total = 0.0
+    for name, tensor in a.items():
+        x, y = in_memory_order(tensor), in_memory_order(b[name])
+        if x.shape != y.shape:  # laid out differently
+            x, y = tensor, b[name]
+        products = torch.linalg.vecdot(x, y) if x.ndim > 1 else x.double() * y.double()
+        total += products.double().sum().item()
+    return total
