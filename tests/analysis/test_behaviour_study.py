@@ -218,11 +218,13 @@ def test_rules_are_fitted_where_none_are_given(model: GPT2LMHeadModel, text: Tex
 def test_what_is_not_finite_is_refused(model: GPT2LMHeadModel, text: Text) -> None:
     with pytest.raises(NumericalError, match=r"made: its reconstruction of context 19 .* NaN or infinity"):
         evaluate(study(model, text), lambda x: x / 0)
-    with pytest.raises(NumericalError, match="made: with it spliced in at blocks.1.hook_resid_post the model's logits"):
+    with pytest.raises(
+        NumericalError, match=r"made: with it spliced in at blocks.1.hook_resid_post the model's logits"
+    ):
         evaluate(study(model, text), lambda x: torch.full_like(x, 3e38))
     damaged = GPT2LMHeadModel(model.config).eval()
     damaged.transformer.h[0].mlp.c_proj.bias.data[0] = float("nan")
-    with pytest.raises(NumericalError, match="residual at blocks.1.hook_resid_post is not finite at position 0 of"):
+    with pytest.raises(NumericalError, match=r"residual at blocks.1.hook_resid_post is not finite at position 0 of"):
         study(damaged, text)
     damaged = GPT2LMHeadModel(model.config).eval()
     damaged.transformer.h[2].mlp.c_proj.bias.data[0] = float("nan")

@@ -1,4 +1,4 @@
-"""One small workspace for all tests of the command line: collect → norms → a grid of two SAEs → analyze-top-norms → eval."""
+"""One small workspace for all tests of the command line: a store, its norms, two SAEs, what is measured of them."""
 
 from __future__ import annotations
 

@@ -205,6 +205,15 @@ def test_a_store_without_text_asks_for_one(tmp_path: Path) -> None:
     assert outcome.code == 0, outcome.err
 
 
+def test_an_altered_store_is_not_what_the_model_makes(workspace: Path) -> None:
+    altered = nsae("--workspace", workspace, "alter", "--stretch-norms", "2", "--name", "stretched")
+    assert altered.code == 0, altered.err
+    outcome = evaluate(workspace, cells(workspace)[0], "--activations", "stretched", "--name", "fresh")
+    assert outcome.code == 2
+    assert "stretched: its norms were altered" in outcome.message
+    assert "--corpus" in outcome.message
+
+
 def test_sae_and_model_that_do_not_fit(tmp_path: Path) -> None:
     for name, d_in, hook in (("narrow", 12, hand_store.HOOK), ("deep", 64, hand_store.HOOKS[1])):
         folder = tmp_path / "activations" / name

@@ -1,4 +1,4 @@
-"""Next-token metrics: against torch's own losses in a plain loop, on worked numbers, and the bootstrap against a loop."""
+"""Next-token metrics: against torch's own losses in a loop, on worked numbers, and the bootstrap against a loop."""
 
 from __future__ import annotations
 

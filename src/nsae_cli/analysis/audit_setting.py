@@ -19,6 +19,7 @@ from nsae_cli.lm.packing import Layout
 from nsae_cli.lm.splice import require_hook
 from nsae_cli.lm.texts import Text, corpus_text, held_out_text
 from nsae_cli.lm.tokenizing import load_tokenizer
+from nsae_cli.store.manifest import describe_alterations
 from nsae_cli.store.shards import ActivationStore
 from nsae_cli.values import validate_options
 
@@ -236,6 +237,9 @@ def _model_of_store(
     options: AuditOptions, store: ActivationStore, warnings: list[str]
 ) -> tuple[ModelInfo | None, Text | None]:
     """The model behind a store and the contexts to splice on; (None, None) with a warning where that cannot be."""
+    if (altered := describe_alterations(store.manifest)) is not None:
+        warnings.append(f"{store.name}: its {altered}, so the model does not make them and ΔCE is not measured")
+        return None, None
     name = options.model or store.manifest.model
     if name is None or not (store.has_tokens and store.has_positions):
         lacks = "which model it is from" if name is None else "its tokens and positions"

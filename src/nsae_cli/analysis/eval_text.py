@@ -25,7 +25,7 @@ from nsae_cli.lm.texts import Text, corpus_text, held_out_text
 from nsae_cli.lm.tokenizing import load_tokenizer
 from nsae_cli.reporter import Reporter
 from nsae_cli.store.contexts import Contexts
-from nsae_cli.store.manifest import Manifest
+from nsae_cli.store.manifest import Manifest, describe_alterations
 from nsae_cli.store.profile import profile_hook
 from nsae_cli.store.shards import ActivationStore, open_activations
 from nsae_cli.store.workspace import Kind, Workspace
@@ -203,6 +203,11 @@ class TextResolver:
     def _of_store(self, sae: str, run: Mapping[str, Any]) -> EvalText:
         store, same = self._store(sae, run)
         manifest = store.manifest
+        if (altered := describe_alterations(manifest)) is not None:
+            raise UsageError(
+                f"{store.name}: its {altered}, so the model does not make them; name a store that is as collected with "
+                f"--activations, or a text with --corpus"
+            )
         recorded = _TrainedModel(manifest.model, manifest.revision, manifest.model_sha256, store.name)
         if run.get("model") is not None and manifest.model is not None and run["model"] != manifest.model:
             raise ArtifactError(f"{sae} was trained on {run['model']}, {store.name} is from {manifest.model}")

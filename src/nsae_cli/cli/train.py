@@ -37,6 +37,13 @@ def command(
     l1_norm: Annotated[
         str, typer.Option(metavar="none|norm", help="* Divide the sparsity penalty by nothing or ‖x‖.")
     ] = "none",
+    row_weights: Annotated[
+        str,
+        typer.Option(
+            metavar="plain|mean-one|permuted",
+            help="* These weights as they are; or, as controls, of equal mean in every batch, or shuffled among rows.",
+        ),
+    ] = "plain",
     decoder: Annotated[
         str | None,
         typer.Option(
@@ -59,6 +66,10 @@ def command(
         str, typer.Option(metavar="layer-norm|none|note", help="* How the penalty's weight β follows from α.")
     ] = "layer-norm",
     alpha_warm_up: Annotated[str, typer.Option(metavar="SHARE", help="Share of the steps over which α rises.")] = "20%",
+    target_l0: Annotated[
+        str | None,
+        typer.Option(metavar="FLOAT", help="* Mean L0 of non-sink tokens; α is moved until it is met, from --alpha."),
+    ] = None,
     k: Annotated[
         str | None,
         typer.Option(

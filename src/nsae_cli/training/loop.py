@@ -27,7 +27,7 @@ from nsae_cli.training.finish import finish_cell
 from nsae_cli.training.options import TrainOptions
 from nsae_cli.training.plan import GROUP, TrainPlan, find_finished, make_plan
 from nsae_cli.training.probe import make_probes
-from nsae_cli.training.setup import hooks_by_stream, make_cells, make_streams, profile_hooks
+from nsae_cli.training.setup import HeldOutSample, hooks_by_stream, make_cells, make_streams, profile_hooks
 from nsae_cli.training.source import TrainingSource
 from nsae_cli.training.steps import StepLoop
 from nsae_cli.training.waves import plan_memory
@@ -158,9 +158,10 @@ class _Run:
         )
         streams = make_streams(plan, wave, self._profiles)
         cells = make_cells(plan, wave, self._profiles, self._kernel)
-        device = self._kernel.device
+        every, device = self._options.checkpoint_every, self._kernel.device
         probes = make_probes(plan, cells, self._profiles, device)
-        loop = StepLoop(plan, cells, streams, probes, device, self._pool, self._options.checkpoint_every, reporter)
+        held_out = HeldOutSample(plan, self._profiles, device)
+        loop = StepLoop(plan, cells, streams, probes, device, self._pool, every, reporter, held_out)
         started = time.monotonic()
         first_step = loop.restore(checkpoint)
         loop.run(first_step)

@@ -14,6 +14,7 @@ from nsae_cli.errors import UsageError
 from nsae_cli.kernels.auxk import default_k_aux
 from nsae_cli.kernels.options import KernelOption, PrecisionOption
 from nsae_cli.sae.objective import DEFAULT_ALPHA, DEFAULT_DECODER, DEFAULT_SPARSITY, refused_combination
+from nsae_cli.training.row_weights import RowWeights
 from nsae_cli.training.schedule import probe_interval
 from nsae_cli.values import Fraction, Size, split_list
 
@@ -32,6 +33,8 @@ Count = Annotated[Size, Field(ge=1)]
 
 DEFAULT_MIN_STEPS = 2000
 LR_DECAY = 0.2
+#: With a target for L0 the warm-up of α may last so long, as a share of the steps.
+LATEST_CONTROL = 0.5
 #: k of topk and batchtopk, where there are at least eight times as many features.
 DEFAULT_K = 32
 #: ε of jumprelu, in scaled units.
@@ -45,6 +48,7 @@ _BELONGS_TO: dict[str, frozenset[str]] = {
     "sparsity": _PENALISED,
     "alpha": _PENALISED,
     "alpha_scale": _PENALISED,
+    "target_l0": _PENALISED,
     "k": _TOP_K,
     "aux_k": _TOP_K,
     "bandwidth": frozenset({"jumprelu"}),
@@ -76,11 +80,17 @@ class TrainOptions(BaseModel):
     act: Annotated[list[Act], _Split] = Field(["relu"], description="activation")
     l2_norm: Annotated[list[L2Norm], _Split] = Field(["none"], description="divide the squared error by 1, ‖x‖ or ‖x‖²")
     l1_norm: Annotated[list[L1Norm], _Split] = Field(["none"], description="divide the sparsity penalty by 1 or ‖x‖")
+    row_weights: Annotated[list[RowWeights], _Split] = Field(
+        ["plain"], description="the weights that l2_norm and l1_norm give to rows: as they are, or a control of them"
+    )
     decoder: Annotated[list[Decoder], _Split] | None = Field(None, description="what W_dec's rows may do")
     sparsity: Annotated[list[Sparsity], _Split] | None = Field(None, description="sparsity penalty")
     alpha: Annotated[list[NonNegative], _Split] | None = Field(None, description="sparsity coefficient α")
     alpha_scale: Annotated[list[AlphaScale], _Split] = Field(["layer-norm"], description="how β follows from α")
     alpha_warm_up: Fraction = Field(0.2, ge=0, le=1, description="share of the steps over which α rises to its value")
+    target_l0: Annotated[list[Positive], _Split] | None = Field(
+        None, description="mean L0 of non-sink rows that α is moved to"
+    )
     k: Annotated[list[Count], _Split] | None = Field(None, description="active features of a row")
     aux_k: Literal["auto", "off"] | Count = Field("auto", description="dead features that model the error of a row")
     bandwidth: Annotated[list[Positive], _Split] | None = Field(None, description="ε of the thresholds' gradient")
@@ -145,6 +155,8 @@ class CellConfig(BaseModel):
     deterministic: bool
     # What later versions added; a run.json from before has none of it.
     probe_every: int | None = None
+    target_l0: float | None = None
+    row_weights: RowWeights = "plain"
 
     @property
     def steps(self) -> int:
@@ -187,10 +199,12 @@ def expand_cells(options: TrainOptions, hooks: list[str], d_in: int, epoch_rows:
         "act": list(options.act),
         "l2_norm": list(options.l2_norm),
         "l1_norm": list(options.l1_norm),
+        "row_weights": list(options.row_weights),
         "decoder": list(options.decoder or by_default),
         "sparsity": list(options.sparsity or by_default),
         "alpha": list(options.alpha or by_default),
         "alpha_scale": list(options.alpha_scale),
+        "target_l0": list(options.target_l0 or by_default),
         "k": list(options.k or by_default),
         "bandwidth": list(options.bandwidth or by_default),
         "noise": options.noise,
@@ -211,6 +225,8 @@ def expand_cells(options: TrainOptions, hooks: list[str], d_in: int, epoch_rows:
             problems[reason] = None
         elif cell["k"] is not None and cell["k"] > cell["d_sae"]:
             problems[f"--k {cell['k']} is more than the {cell['d_sae']} features; give at most as many"] = None
+        elif (reason := _impossible_target(cell, options)) is not None:
+            problems[reason] = None
         elif not problems:
             config = CellConfig.model_validate(shared | cell)
             name = _cell_name(config, options, hook_names)
@@ -242,6 +258,23 @@ def _misplaced(options: TrainOptions) -> list[str]:
     return problems
 
 
+def _impossible_target(cell: dict[str, Any], options: TrainOptions) -> str | None:
+    """Why α cannot be moved to a cell's target for L0, or None."""
+    target = cell["target_l0"]
+    if target is None:
+        return None
+    if target >= cell["d_sae"]:
+        return f"--target-l0 {target:g}: expected less than the {cell['d_sae']} features"
+    if cell["alpha"] == 0:
+        return "--alpha 0 with --target-l0: α is moved by factors from --alpha on; give a number above 0, or none"
+    if options.alpha_warm_up > LATEST_CONTROL:
+        return (
+            f"--alpha-warm-up {options.alpha_warm_up:g} with --target-l0: α is moved once it has warmed up, and needs "
+            f"time; give at most {LATEST_CONTROL:g}"
+        )
+    return None
+
+
 def _with_defaults(cell: dict[str, Any]) -> dict[str, Any]:
     """Fills in what depends on the activation or the width, and sets aside what does not belong to the activation."""
     act, width = cell["act"], cell["d_sae"]
@@ -263,9 +296,9 @@ def _with_defaults(cell: dict[str, Any]) -> dict[str, Any]:
 def _cell_name(cell: CellConfig, options: TrainOptions, hook_names: dict[str, str]) -> str:
     """``L6`` plus the options that were given as lists."""
     parts = [hook_names[cell.hook]]
-    bare = ("act", "l2_norm", "decoder", "sparsity", "alpha_scale", "sinks")
+    bare = ("act", "l2_norm", "row_weights", "decoder", "sparsity", "alpha_scale", "sinks")
     prefixed = {"l1_norm": "l1", "alpha": "alpha", "k": "k", "bandwidth": "bandwidth", "noise": "noise", "lr": "lr"}
-    prefixed |= {"seed": "seed"}
+    prefixed |= {"seed": "seed", "target_l0": "l0_"}
     for field in TrainOptions.model_fields:
         value = getattr(options, field)
         if field == "layers" or not isinstance(value, list) or len(value) < 2:

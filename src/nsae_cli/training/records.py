@@ -44,7 +44,7 @@ def step_record(cell: Cell, rows: HookRows, log: StepLog, step: int) -> dict[str
         x_hat_sq=torch.linalg.vecdot(x_hat, x_hat),
         l0=result.l0,
         l1=result.l1 * l1_scale,
-        weight_error=log.error_weight,
+        weight_error=log.plain_error_weight,
         penalty=result.penalty,
         # Without β: a share and a slope do not need it, and it is 0 when a warm-up begins.
         weight_sparsity=objective.row_weights(rows.norm, rows.zero)[1],

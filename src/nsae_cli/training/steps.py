@@ -11,15 +11,16 @@ import torch
 from nsae_cli import interrupt
 from nsae_cli.errors import Interrupted
 from nsae_cli.reporter import Reporter, Task
-from nsae_cli.store.batches import Batch
+from nsae_cli.store.batches import Batch, HookRows
 from nsae_cli.training.cell import Cell
 from nsae_cli.training.cell_pool import CellPool
 from nsae_cli.training.checkpoint import Checkpoint
+from nsae_cli.training.l0_control import is_compared, rows_to_compare
 from nsae_cli.training.plan import TrainPlan
 from nsae_cli.training.probe import CellProbe
 from nsae_cli.training.records import MetricsLog, step_record
 from nsae_cli.training.schedule import is_logged
-from nsae_cli.training.setup import initialise_cells, stream_key
+from nsae_cli.training.setup import HeldOutSample, initialise_cells, stream_key
 from nsae_cli.training.source import StreamKey, TrainingStream
 
 
@@ -36,7 +37,9 @@ class StepLoop:
         pool: CellPool,
         checkpoint_every: str | int,
         reporter: Reporter,
+        held_out: HeldOutSample,
     ) -> None:
+        self._held_out = held_out
         self._plan, self._cells, self._streams, self._probes = plan, cells, streams, probes
         self._device, self._pool, self._reporter = device, pool, reporter
         self._clock = _CheckpointClock(checkpoint_every)
@@ -76,10 +79,11 @@ class StepLoop:
                 if step > first_step and self._clock.due(step):
                     self._save(step)
                 try:
+                    compared = self._rows_to_compare(step)
                     taken = self._take(batches)
                 except Interrupted as stopped:
                     raise self._stopped(step, stopped.signum) from stopped
-                self._step(taken, step, task)
+                self._step(taken, compared, step, task)
                 task.advance(plan.batch_size)
         self._save(plan.steps)
 
@@ -102,10 +106,21 @@ class StepLoop:
             name: self._streams[stream_key(cell.config)].state() for name, cell in self._cells.items()
         }
 
-    def _step(self, taken: dict[StreamKey, Batch], step: int, task: Task) -> None:
+    def _rows_to_compare(self, step: int) -> dict[str, HookRows]:
+        """Held-out rows, by hook, for the cells with a target for L0; empty at most steps."""
+        steps = self._plan.steps
+        if not is_compared(step, steps):
+            return {}
+        hooks = {cell.config.hook for cell in self._cells.values() if cell.control is not None}
+        found = {hook: self._held_out.of(hook) for hook in sorted(hooks)}
+        return {hook: rows_to_compare(rows, step, steps) for hook, rows in found.items() if rows is not None}
+
+    def _step(self, taken: dict[StreamKey, Batch], compared: dict[str, HookRows], step: int, task: Task) -> None:
         def advance(name: str) -> dict[str, Any] | None:
             cell = self._cells[name]
             rows = taken[stream_key(cell.config)][cell.config.hook]
+            if cell.config.hook in compared:
+                cell.look_at_held_out(compared[cell.config.hook])
             probe = self._probes[name].measure(cell, step)
             log = cell.train_step(rows, step)
             if not is_logged(step, cell.config.steps, cell.config.probe_every):
