@@ -137,6 +137,15 @@ def test_a_store_with_tokens_is_spliced_on_its_held_out_contexts(workspace):
     assert found["behaviour"]["delta_ce_all"]["value"] > 0
 
 
+def test_an_altered_store_is_measured_but_not_spliced(workspace):
+    assert nsae("--workspace", workspace, "alter", "acts", "--stretch-norms", "2", "--name", "stretched").code == 0
+    options = ("--activations", "stretched", "--name", "stretched")
+    found = audit(workspace, workspace / "other" / "half", *options)
+    assert found["behaviour"] is None
+    assert "so the model does not make them and ΔCE is not measured" in found["warnings"][0]
+    assert found["metrics"]["ns"]["mre"] == pytest.approx(0.25, rel=1e-5)
+
+
 # Norm bias against another SAE ----------------------------------------------------------------------------------------
 
 
