@@ -43,6 +43,8 @@ def _detail(artifact: Artifact) -> str | None:
         if artifact.kind is Kind.SAE:
             l0 = document["metrics"]["ns"]["l0"]
             return f"{document['hook']}, {document['d_sae']} features" + ("" if l0 is None else f", L0 {l0:.3g}")
+        if artifact.kind is Kind.AUDIT:
+            return f"{document['rows']['rows']:,} rows at {document['hook']}, {document['sae']['name']}"
         if artifact.kind is Kind.EVAL:
             delta = document["behaviour"]["delta_ce_ns"]["value"]
             shown = "" if delta is None else f", ΔCE at non-sinks {delta:.3g}"

@@ -18,11 +18,12 @@ def command(
 ) -> None:
     """Chain commands from a YAML file.
 
-    What is finished is reused; if a stage fails, what was made before it stays. Ends with the norm table, the table
-    of trained SAEs, the top-norm table, the evaluations, the comparisons and the paths of all figures.
+    What is finished is reused; if a stage fails, what was made before it stays. Ends with the tables of what was made
+    and the paths of all figures.
     """
     from nsae_cli.experiment.run import run_config
     from nsae_cli.report.tables import (
+        audit_table,
         comparison_table,
         eval_findings,
         eval_table,
@@ -48,6 +49,9 @@ def command(
                 for document in result.documents:
                     parts += [Text(document["sae"]["name"], style="bold")]
                     parts += [Text(sentence) for sentence in top_norms_findings(document)]
+            elif result.command == "audit":
+                for document in result.documents:
+                    parts += [audit_table(document), ""]
             elif result.command == "eval":
                 parts.append(eval_table(result.documents))
                 parts += [Text(sentence) for sentence in eval_findings(result.documents)]

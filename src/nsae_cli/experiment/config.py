@@ -18,7 +18,7 @@ from nsae_cli.values import validate_options
 
 _TOP_KEYS = ("stages", "defaults")
 #: Options that may hold a path, and what they may hold that only looks like one.
-_PATH_OPTIONS = {"model": EMBEDDED_MODELS, "from_model": EMBEDDED_MODELS, "corpus": (BUILTIN,)}
+_PATH_OPTIONS = {"model": EMBEDDED_MODELS, "from_model": EMBEDDED_MODELS, "corpus": (BUILTIN,), "reference": ()}
 
 
 def load_config(path: Path, workspace: Workspace) -> list[Stage]:
@@ -203,6 +203,8 @@ class _Reader:
                 line, f"{spec.input_key}: {entry.command} reads one, not {len(listed)}; write a stage for each"
             )
             return []
+        if spec.from_elsewhere:
+            return [self._from_elsewhere(str(item), spec.reads, spec.input_key, line) for item in listed]
         return [self._reference(str(item), spec.reads, spec.input_key, line) for item in listed]
 
     def _store(self, entry: _Entry, spec: CommandSpec, values: dict[str, Any]) -> str | None:
@@ -232,6 +234,14 @@ class _Reader:
         except ArtifactError as error:
             self._problem(line, f"{key}: {error}")
         return reference
+
+    def _from_elsewhere(self, reference: str, kind: Kind, key: str, line: int) -> str:
+        """As `_reference`, or another library's: a path, from the file's folder, or a hub id ``org/repo[:folder]``."""
+        path = Path(self._from_the_file(reference))
+        named = reference.partition("/")[0] in self._named.get(kind, set())
+        if named or self.workspace.folder(kind, reference).is_dir() or not (path.is_dir() or "/" in reference):
+            return self._reference(reference, kind, key, line)
+        return str(path) if path.is_dir() else reference
 
     def _from_the_file(self, value: str) -> str:
         """A relative path that is meant from the file's folder, wherever the command is run; else the value itself."""

@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from nsae_cli.analysis.audit_artifact import run_audits
+from nsae_cli.analysis.audit_options import AuditOptions
 from nsae_cli.analysis.comparison import CompareOptions
 from nsae_cli.analysis.comparison_artifact import run_compare
 from nsae_cli.analysis.eval import run_eval
@@ -76,6 +78,7 @@ class CommandSpec:
         several_inputs: whether it can read more than one.
         store_key: a second key that names a store to measure on.
         instead_of_input: an option that takes the input's place.
+        from_elsewhere: whether an input may also be a folder or a hub id of another library's.
     """
 
     options: type[BaseModel]
@@ -86,6 +89,7 @@ class CommandSpec:
     several_inputs: bool = False
     store_key: str | None = None
     instead_of_input: str | None = None
+    from_elsewhere: bool = False
 
 
 def _collect(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:
@@ -122,6 +126,18 @@ def _analyze(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Re
     return StageResult("analyze-top-norms", artifacts, documents, analysis.figures, analysis.already_complete)
 
 
+def _audit(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:
+    options = stage.options.model_copy(update={"activations": stage.activations})
+    results = run_audits(inputs, options, workspace, stage.name, reporter)
+    return StageResult(
+        "audit",
+        [result.artifact for result in results],
+        [result.document for result in results],
+        [],
+        all(result.already_complete for result in results),
+    )
+
+
 def _eval(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:
     made = run_eval(inputs, stage.activations, stage.options, workspace, stage.name, reporter)
     artifacts = [result.artifact for result in made.results]
@@ -143,6 +159,16 @@ COMMANDS: dict[str, CommandSpec] = {
     ),
     "analyze-top-norms": CommandSpec(
         TopNormsOptions, Kind.TOP_NORMS, "saes", Kind.SAE, _analyze, several_inputs=True, store_key="activations"
+    ),
+    "audit": CommandSpec(
+        AuditOptions,
+        Kind.AUDIT,
+        "saes",
+        Kind.SAE,
+        _audit,
+        several_inputs=True,
+        store_key="activations",
+        from_elsewhere=True,
     ),
     "eval": CommandSpec(EvalOptions, Kind.EVAL, "saes", Kind.SAE, _eval, several_inputs=True, store_key="activations"),
     "compare": CommandSpec(CompareOptions, Kind.TABLE, "saes", Kind.SAE, _compare, several_inputs=True),

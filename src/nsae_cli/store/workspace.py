@@ -28,6 +28,7 @@ class Kind(Enum):
     TOP_NORMS = ("top-norms", "top_norms.json", "analyze-top-norms")
     EVAL = ("evals", "eval.json", "eval")
     TABLE = ("tables", "table.json", "compare")
+    AUDIT = ("audits", "audit.json", "audit")
 
     def __init__(self, folder: str, mark: str, command: str) -> None:
         self.folder = folder
