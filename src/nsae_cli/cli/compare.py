@@ -29,9 +29,9 @@ def command(
     ce_margin: Annotated[str, typer.Option(metavar="NATS", help="Difference in ΔCE that counts as none.")] = "0.005",
     name: Name = None,
 ) -> None:
-    """Compare SAEs at matched L0: table, paired differences over seeds, predictions.
+    """Compare SAEs at matched L0, seed by seed.
 
-    Reads what `nsae eval` found where it was run. Writes tables/NAME: table.md, table.json and figures.
+    Table, paired differences with two intervals, predictions checked, a conclusion. Reads what `nsae eval` found where it was run. Writes tables/NAME: table.md, table.json and figures.
     """
     from nsae_cli.analysis.comparison import CompareOptions
     from nsae_cli.analysis.comparison_artifact import run_compare
