@@ -22,7 +22,7 @@ from nsae_cli.store import commit
 USAGE: list[tuple[str, list[str]]] = [
     # unknown words
     ("colect", ["'colect'", "collect", "nsae --help"]),
-    ("frobnicate", ["'frobnicate'", "known are collect, norms, train"]),
+    ("frobnicate", ["'frobnicate'", "known are collect, norms, "]),
     ("--frob list", ["--frob", "nsae --help"]),
     ("train --frob 3", ["--frob", "nsae train --help"]),
     ("list --json", ["--json stands before the command"]),
