@@ -30,6 +30,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Out
         (*TRAIN, "--device", "cpu"),
         ("analyze-top-norms", "--top", "2%"),
         ("eval", "--device", "cpu"),
+        ("audit", "--device", "cpu", "--tokens", "2560"),
     ):
         outcomes[command[0]] = outcome = nsae("--workspace", workspace, *command)
         assert outcome.code == 0, outcome.err

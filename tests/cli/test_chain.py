@@ -20,6 +20,7 @@ ARTIFACT_FILES = {
     Kind.SAE: {"cfg.json", "sae_weights.safetensors", "run.json", "metrics.jsonl"},
     Kind.TOP_NORMS: {"top_norms.json", "top_norms.safetensors", "l0.png", "l1.png"},
     Kind.EVAL: {"eval.json", "contexts.safetensors"},
+    Kind.AUDIT: {"audit.json"},
 }
 
 
@@ -146,7 +147,7 @@ def test_list_names_the_workspace_and_everything_in_it(workspace: Path, store: s
     outcome = nsae("--workspace", workspace, "list")
     assert outcome.err == f"workspace: {workspace}\n"
     rows = {(line.split()[0], line.split()[1]): line for line in outcome.out.splitlines()[2:]}
-    assert len(rows) == 9
+    assert len(rows) == 10
     assert "unfinished" in rows["saes", "begun"]
     assert "run the same nsae train again" in rows["saes", "begun"]
     assert "damaged" in rows["norms", store]

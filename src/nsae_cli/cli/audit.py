@@ -74,7 +74,8 @@ def command(
 ) -> None:
     """Measure what high-norm tokens do to anyone's SAE.
 
-    SAEs of nsae, SAELens, sparsify, dictionary_learning or OpenAI. Runs the SAE's own model at its own hook and context length. Writes audits/NAME/audit.json.
+    Reads SAEs of nsae, SAELens, sparsify, dictionary_learning and OpenAI. Runs the SAE's own model at its own hook and
+    context length. Writes audits/NAME/audit.json.
     """
     from nsae_cli.analysis.audit_artifact import run_audit
     from nsae_cli.analysis.audit_options import AuditOptions
