@@ -161,9 +161,7 @@ class _Batch:
 class _Rows:
     """The first held-out contexts of a store, up to a number of rows."""
 
-    def __init__(
-        self, store: ActivationStore, hook: str, profile: HookProfile, contexts: Contexts, limit: int
-    ) -> None:
+    def __init__(self, store: ActivationStore, hook: str, profile: HookProfile, contexts: Contexts, limit: int) -> None:
         self._store, self._hook, self._profile = store, hook, profile
         self._pieces: list[torch.Tensor] = []
         self.total = 0
@@ -211,12 +209,14 @@ def _held_out_pieces(contexts: Contexts, shard: int) -> torch.Tensor:
     """(first row, rows) of each held-out context of a shard, long ones in pieces: int64 [pieces, 2]."""
     ids = contexts.ids(shard)
     held = contexts.held_out(shard)
-    values, counts = ids.unique_consecutive(return_counts=True)
+    _, counts = ids.unique_consecutive(return_counts=True)
     starts = counts.cumsum(0) - counts
     found = []
     for start, count in zip(starts.tolist(), counts.tolist(), strict=True):
         if held[start]:
-            found += [(at, min(_LONGEST_PIECE, start + count - at)) for at in range(start, start + count, _LONGEST_PIECE)]
+            found += [
+                (at, min(_LONGEST_PIECE, start + count - at)) for at in range(start, start + count, _LONGEST_PIECE)
+            ]
     return torch.tensor(found, dtype=torch.int64).reshape(-1, 2)
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, TextIO
 import typer
 
 from nsae_cli import __version__, interrupt
-from nsae_cli.cli import analyze, bench, collect, failures, list_, norms, plot, run, train
+from nsae_cli.cli import analyze, bench, collect, failures, list_, norms, plot, report, run, train
 from nsae_cli.cli.console import print_text
 from nsae_cli.cli.session import Session
 from nsae_cli.store.workspace import Workspace
@@ -42,6 +42,7 @@ app.command("train")(train.command)
 app.command("analyze-top-norms")(analyze.command)
 app.command("run")(run.command)
 app.command("plot")(plot.command)
+app.command("report")(report.command)
 app.command("bench")(bench.command)
 app.command("list")(list_.command)
 
