@@ -171,12 +171,7 @@ def _missing(saes: Sequence[SaeContent], has_norms: bool) -> list[str]:
         if absent:
             groups = list(dict.fromkeys(name.partition("/")[0] for name in absent))
             shown = " ".join(groups[:3]) if len(absent) > 1 else absent[0]
-            of = (
-                "these SAEs"
-                if len(absent) == len(saes) > 1
-                else f"{len(absent)} of the SAEs"
-                if len(saes) > 1
-                else "it"
-            )
+            some = f"{len(absent)} of the SAEs" if len(absent) < len(saes) else "these SAEs"
+            of = some if len(saes) > 1 else "it"
             sentences.append(f"{what} of {of}: `nsae {command} {shown}` measures them")
     return sentences
