@@ -103,16 +103,26 @@ def read_sae(artifact: Artifact, workspace: Workspace) -> SaeContent:
     Raises:
         ArtifactError: a file is damaged.
     """
-    run = read_run(artifact)
+    run, evaluation = read_measured_run(artifact, workspace)
     top_norms = _measured(Kind.TOP_NORMS, artifact, run, workspace, ("sae", "groups"))
-    evaluation = _measured(Kind.EVAL, artifact, run, workspace, ("sae",))
     return SaeContent(
         artifact.name,
         run,
         read_curves(artifact),
         None if top_norms is None else (top_norms[1], load_rows(top_norms[0])),
-        None if evaluation is None else evaluation[1],
+        evaluation,
     )
+
+
+def read_measured_run(artifact: Artifact, workspace: Workspace) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """run.json and, where the SAE was evaluated, eval.json.
+
+    Raises:
+        ArtifactError: a file is damaged.
+    """
+    run = read_run(artifact)
+    evaluation = _measured(Kind.EVAL, artifact, run, workspace, ("sae",))
+    return run, None if evaluation is None else evaluation[1]
 
 
 def _measured(
