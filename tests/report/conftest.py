@@ -184,7 +184,8 @@ def training_rows_of() -> Callable[..., list[dict[str, Any]]]:
 #: Tokens as a tokenizer of a stranger could hold them.
 HOSTILE = (
     "</script><script>window.attacked = 1</script>", '"><img src=x onerror="window.attacked = 2">',
-    "'quoted' \"twice\"", "\u202eesrever", "\x00", "\U0001f980\u200d\U0001f525", "<!--", "\u2028", "&lt;b&gt;", "\ud800", "@@data@@",
+    "'quoted' \"twice\"",
+    "\u202eesrever", "\x00", "\U0001f980\u200d\U0001f525", "<!--", "\u2028", "&lt;b&gt;", "\ud800", "@@data@@",
     "\n", "",
 )  # fmt: skip
 

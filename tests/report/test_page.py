@@ -13,9 +13,10 @@ import pytest
 
 from nsae_cli.report.arms import arm_name, pareto_point
 from nsae_cli.report.page import LARGEST_PAGE, render_page
+from nsae_cli.report.page_comparison import comparison_section
 from nsae_cli.report.page_content import FeaturesContent, ReportContent
 from nsae_cli.report.page_features import features_section
-from nsae_cli.report.page_sections import comparison_table, curves_section, embedded_bytes, embedded_json, rounded
+from nsae_cli.report.page_sections import curves_section, embedded_bytes, embedded_json, rounded
 from nsae_cli.report.summary import summary_sentences
 
 Contents = Callable[..., ReportContent]
@@ -154,18 +155,47 @@ def test_curves_are_thinned_and_end_with_the_last_step(content_of: Contents) -> 
     assert curves["bias"][10][-1] == rounded(sae.curves[-1]["bias_ratio"][10], 3)
 
 
-@pytest.mark.parametrize("table", [None, [], {}, {"rows": 3}, {"rows": [1, "a", None]}, {"rows": [{}]}])
+@pytest.mark.parametrize(
+    "table", [None, [], {}, {"rows": 3}, {"rows": [1, "a", None]}, {"rows": [{}]}, {"groups": [3, {"rows": None}]}]
+)
 def test_a_comparison_table_that_says_nothing_is_left_out(table: Any) -> None:
-    assert comparison_table("x", table) is None
+    assert comparison_section("x", table) is None
+
+
+def test_a_comparison_of_groups() -> None:
+    metrics = {"fvu_p0_ns": {"mean": 0.123456, "sd": 0.0123, "by_seed": {}}, "nbi": {"mean": None, "sd": None}}
+    compared = {"with": "relu none", "kind": "p=0", "status": "matched",
+                "metrics": {"fvu_p0_ns": {"mark": "worse"}, "nbi": None}}  # fmt: skip
+    rows = [
+        {"arm": "relu sq", "level": "8", "seeds": [0, 1], "saes": ["a", "b"], "metrics": metrics,
+         "comparisons": [compared]},
+        {"arm": "relu none", "level": "8", "seeds": [0], "metrics": {"fvu_p0_ns": {"mean": 0.1, "sd": None}},
+         "comparisons": [{"with": "x", "metrics": {}, "status": "unmatched L0"}]},
+    ]  # fmt: skip
+    document = {
+        "groups": [{"label": "layer 1", "rows": rows}], "conclusion": ["Nothing differs."],
+        "predictions": [{"id": "P1", "verdict": "refuted", "statement": "s"}, {"id": "P2", "no_data": True}],
+    }  # fmt: skip
+    section = comparison_section("x", document)
+    assert section is not None
+    [table] = section["groups"]
+    heads = ["arm", "level", "seeds", "fvu p0 ns", "fvu p0 ns against p=0", "compared with"]
+    assert [column["label"] for column in table["columns"]] == heads
+    assert table["rows"] == [
+        ["relu sq", "8", 2.0, [0.1235, "0.123 ± 0.012"], "worse", "–"],
+        ["relu none", "8", 1.0, [0.1, "0.100"], "–", "x: unmatched L0"],
+    ]
+    assert (section["sentences"], section["predictions"]) == (["Nothing differs."], ["P1 refuted: s"])
 
 
 def test_a_comparison_table_of_any_shape() -> None:
     rows = [{"arm": "a", "n": 3, "fvu": {"mean": 0.123456, "sd": None}}, {"arm": None, "marks": ["<", 1.5, None]}]
-    table = comparison_table("x", {"rows": rows})
-    assert table is not None
-    assert [column["label"] for column in table["columns"]] == ["arm", "n", "fvu mean", "fvu sd", "marks"]
-    assert [column["kind"] for column in table["columns"]] == ["text", "number", "number", "number", "text"]
-    assert table["rows"] == [["a", 3.0, 0.1235, None, "–"], ["–", None, None, None, "<, 1.5, –"]]
+    section = comparison_section("x", {"rows": rows})
+    assert section is not None
+    [table] = section["groups"]
+    assert [column["label"] for column in table["columns"]] == ["arm", "n", "fvu mean", "marks"]
+    assert [column["kind"] for column in table["columns"]] == ["text", "number", "number", "text"]
+    assert table["rows"] == [["a", 3.0, 0.1235, "–"], ["–", None, None, "<, 1.5, –"]]
 
 
 def test_summary_says_what_the_numbers_say(content_of: Contents) -> None:

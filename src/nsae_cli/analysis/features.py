@@ -51,7 +51,7 @@ class FeatureOptions(BaseModel):
 
 @dataclass
 class FeaturesResult:
-    """features.json and the tensors of features.safetensors (docs/formats.md)."""
+    """features.json and the tensors of features.safetensors (docs/report.md)."""
 
     document: dict[str, Any]
     tensors: dict[str, torch.Tensor]
@@ -236,11 +236,10 @@ class _Strongest:
         """Adds a batch: acts [B, d_sae]."""
         lengths = part.lengths
         first = lengths.cumsum(0) - lengths
-        offsets = torch.arange(int(lengths.max()))
-        valid = offsets < lengths[:, None]
-        padded = acts[(first[:, None] + offsets).clamp(max=len(acts) - 1)]
-        padded[~valid] = 0
-        peak, place = padded.max(dim=1)  # [pieces, d_sae]; the earliest of equal ones is not promised
+        # One piece at a time: padding all to the longest could need far more memory than the rows do.
+        peaks = [part_acts.max(dim=0) for part_acts in acts.split(lengths.tolist())]
+        peak = torch.stack([values for values, _ in peaks])  # [pieces, d_sae]
+        place = torch.stack([places for _, places in peaks])
         kept = self._act.shape[1]
         candidates = torch.cat([self._act, peak.T], dim=1)
         best, order = candidates.sort(dim=1, descending=True, stable=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from nsae_cli import __version__
 from nsae_cli.report import page_sections as sections
+from nsae_cli.report.page_comparison import comparison_section
 from nsae_cli.report.page_content import ReportContent
 from nsae_cli.report.page_features import features_section
 from nsae_cli.report.summary import summary_sentences
@@ -61,7 +62,7 @@ def _data(content: ReportContent) -> dict[str, Any]:
         curves, fewer_curves = sections.fitting(curves, _CURVES_BYTES)
         if not fewer_curves:
             break
-    tables = [found for name, table in content.tables if (found := sections.comparison_table(name, table))]
+    tables = [found for name, table in content.tables if (found := comparison_section(name, table))]
     return {
         "title": content.title,
         "version": __version__,

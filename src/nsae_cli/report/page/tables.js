@@ -1,3 +1,7 @@
+/** What a cell shows, and what it is sorted by: [number, text] says both. */
+const shown = (cell, kind) => (Array.isArray(cell) ? cell[1] : show(cell, kind));
+const weight = (cell) => (Array.isArray(cell) ? cell[0] : cell);
+
 /** A table whose columns sort by a press on their heading; undefined values come last either way. */
 function sortableTable(label, columns, rows, kindClass) {
   let sorted = null;
@@ -15,8 +19,8 @@ function sortableTable(label, columns, rows, kindClass) {
       ...order.map((row) =>
         make("tr", {}, columns.map((column, place) =>
           place === 0
-            ? make("th", { scope: "row", text: show(row[place], column.kind) })
-            : make("td", { class: column.kind === "text" ? "text" : null, text: show(row[place], column.kind) })))),
+            ? make("th", { scope: "row", text: shown(row[place], column.kind) })
+            : make("td", { class: column.kind === "text" ? "text" : null, text: shown(row[place], column.kind) })))),
     );
   }
   function sort(place) {
@@ -29,7 +33,7 @@ function sortableTable(label, columns, rows, kindClass) {
     });
     const missing = (value) => value === null || value === undefined || value === "–";
     const order = [...rows].sort((first, second) => {
-      const [a, b] = [first[place], second[place]];
+      const [a, b] = [weight(first[place]), weight(second[place])];
       if (missing(a) || missing(b)) return Number(missing(a)) - Number(missing(b));
       const by = typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true });
       return falling ? -by : by;
@@ -59,6 +63,14 @@ function addComparisons() {
   if (!data.tables.length) return;
   const place = section("comparison", "Comparisons", "Comparison");
   for (const table of data.tables) {
-    place.append(make("h3", { text: table.name }), sortableTable(`Comparison ${table.name}`, table.columns, table.rows, "saes"));
+    place.append(make("h3", { text: table.name }));
+    if (table.sentences.length) place.append(...table.sentences.map((text) => make("p", { text })));
+    for (const group of table.groups) {
+      if (group.label) place.append(make("p", { class: "soft", text: group.label }));
+      place.append(sortableTable(`Comparison ${table.name} ${group.label}`, group.columns, group.rows, "saes"));
+    }
+    if (table.predictions.length) {
+      place.append(make("details", {}, make("summary", { text: "Predictions" }), make("ul", {}, table.predictions.map((text) => make("li", { text })))));
+    }
   }
 }
