@@ -149,7 +149,8 @@ def test_effects_on_the_logits(sae: SparseAutoencoder, monkeypatch: pytest.Monke
     generator = torch.Generator().manual_seed(5)
     W_U, gain = torch.randn(D_IN, 30, generator=generator), torch.rand(D_IN, generator=generator) + 0.5
     monkeypatch.setattr(module, "_LOGIT_ENTRIES", 70)  # two features at a time
-    effects = module._logit_effects(sae.weights.W_dec, Unembedding(W_U, gain))
+    with SilentReporter().task("", None, "") as task:
+        effects = module._logit_effects(sae.weights.W_dec, Unembedding(W_U, gain), task)
     # The change of LN(x)·σ when d is added, in float64 and for one feature at a time.
     norm = torch.nn.functional.layer_norm
     for feature in range(D_SAE):

@@ -22,7 +22,7 @@ from nsae_cli.lm.token_text import TokenText
 from nsae_cli.lm.unembedding import Unembedding
 from nsae_cli.metrics.features import FeatureAccumulator
 from nsae_cli.metrics.groups import SINKS
-from nsae_cli.reporter import Reporter
+from nsae_cli.reporter import Reporter, Task
 from nsae_cli.store.contexts import Contexts
 from nsae_cli.store.profile import HookProfile, profile_hook
 from nsae_cli.store.sae_folder import SavedSae
@@ -119,7 +119,8 @@ def measure_features(
     }
     logits = None
     if unembedding is not None:
-        tensors |= _logit_effects(saved.sae.weights.W_dec, unembedding)
+        with reporter.task(f"effects on the logits of {name}", saved.sae.d_sae, "features") as task:
+            tensors |= _logit_effects(saved.sae.weights.W_dec, unembedding, task)
         logits = {"listed": LOGITS, "final_scale": _final_scale(last_norms, store.manifest.d_in)}
     listed = torch.cat([tensors[key].flatten() for key in ("window_tokens", "raised", "lowered") if key in tensors])
     document = {
@@ -276,7 +277,7 @@ class _Strongest:
         }
 
 
-def _logit_effects(W_dec: torch.Tensor, unembedding: Unembedding) -> dict[str, torch.Tensor]:
+def _logit_effects(W_dec: torch.Tensor, unembedding: Unembedding, task: Task) -> dict[str, torch.Tensor]:
     """The tokens that each decoder row raises and lowers most, ids int32 and effects float32 [d_sae, listed]."""
     vocabulary = unembedding.W_U.shape[1]
     listed = min(LOGITS, vocabulary)
@@ -288,6 +289,7 @@ def _logit_effects(W_dec: torch.Tensor, unembedding: Unembedding) -> dict[str, t
             found = effect.topk(listed, dim=1, largest=largest)
             parts[ids].append(found.indices.int())
             parts[values].append(found.values)
+        task.advance(len(rows))
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 

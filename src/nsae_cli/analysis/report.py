@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,13 +124,21 @@ def _choose_browsed(
         return gather.named_saes(browse, workspace)
     if len(artifacts) <= _BROWSED:
         return list(artifacts)
-    # One of each method, so that they can be compared.
-    first: dict[str, Artifact] = {}
+    # One of each method, so that they can be compared; of a method's SAEs one whose features are sparse and many.
+    first: dict[str, tuple[float, Artifact]] = {}
     for artifact, sae in zip(artifacts, saes, strict=True):
-        first.setdefault(f"{sae.run['hook']} {arm_name(sae.run)}", artifact)
-    chosen = list(first.values())[:_BROWSED]
+        method, distance = f"{sae.run['hook']} {arm_name(sae.run)}", _distance_from_usual_l0(sae)
+        if method not in first or distance < first[method][0]:
+            first[method] = (distance, artifact)
+    chosen = [artifact for _, artifact in first.values()][:_BROWSED]
     reporter.note(f"feature browser: {', '.join(artifact.name for artifact in chosen)}; --browse SAE chooses others")
     return chosen
+
+
+def _distance_from_usual_l0(sae: SaeContent) -> float:
+    """|log(L0 ÷ (d_in/8))| over non-sinks; infinite where it is not known."""
+    l0, d_in = ((sae.run["metrics"].get("ns") or {}).get("l0"), sae.run.get("d_in"))
+    return abs(math.log(8 * l0 / d_in)) if l0 and d_in else math.inf
 
 
 def _features(

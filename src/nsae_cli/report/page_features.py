@@ -13,6 +13,8 @@ from nsae_cli.report.page_sections import embedded_bytes, rounded
 #: Contexts per feature, tried from the largest; below the last, features are left out instead.
 _CONTEXTS = (10, 8, 6, 5, 4)
 _LONGEST_TOKEN = 80
+#: Features after which a number of contexts that is far too large is given up.
+_SAMPLE = 200
 #: Activations are shown as shading, in this many steps up to the feature's largest.
 _SHADES = 50
 #: Numbers of a feature, by the name that the page's script knows.
@@ -54,9 +56,10 @@ def features_section(features: FeaturesContent, budget: int) -> dict[str, Any]:
     budget -= embedded_bytes(head) + 200
     kept = np.asarray(arrays["top_act"]).shape[1]
     texts = {int(token): str(text) for token, text in (document.get("tokens") or {}).items()}
-    for contexts in sorted({min(kept, number) for number in _CONTEXTS}, reverse=True):
+    tried = sorted({min(kept, number) for number in _CONTEXTS}, reverse=True)
+    for contexts in tried:
         writer = _Writer(arrays, texts, contexts)
-        taken = writer.add(firing, budget)
+        taken = writer.add(firing, budget, give_up=contexts != tried[-1])
         if taken == len(firing):
             break
     return {
@@ -74,9 +77,12 @@ class _Writer:
         self.tokens: list[str] = []
         self.features: list[list[Any]] = []
 
-    def add(self, features: list[int], budget: int) -> int:
-        """Adds features until the budget is used up; returns how many."""
+    def add(self, features: list[int], budget: int, *, give_up: bool) -> int:
+        """Adds features until the budget is used up, or, to `give_up`, until it clearly will be; returns how many."""
+        whole = budget
         for number, feature in enumerate(features):
+            if give_up and number == _SAMPLE and (whole - budget) / _SAMPLE * len(features) > 1.5 * whole:
+                return number
             before = len(self.tokens)
             entry = self._feature(feature)
             budget -= embedded_bytes(entry) + 1 + sum(embedded_bytes(text) + 1 for text in self.tokens[before:])
