@@ -130,7 +130,6 @@ USAGE: list[tuple[str, list[str]]] = [
     ("analyze-top-norms --activations nope", ["'nope'", "there are: {store}"]),
     ("plot training nope", ["'nope'", "there are: "]),
     ("plot pareto nope", ["'nope'", "there are: "]),
-    ("plot top-norms nope", ["'nope'", "there are: "]),
     ("report nope", ["'nope'", "there are: "]),
     ("report --browse nope", ["'nope'", "there are: "]),
     ("train --name a/b", ["--name 'a/b'", "letters, digits"]),
