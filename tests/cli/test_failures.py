@@ -35,6 +35,7 @@ USAGE: list[tuple[str, list[str]]] = [
     ("plot norms --format png,", ["--format png,", "comma list"]),
     ("plot norms a b", ["a b", "one at a time"]),
     ("report --browse none --browse x", ["--browse none", "--browse x"]),
+    ("report --text --name x", ["--text", "--name x"]),
     ("report --rows 0", ["--rows 0", "more than 0"]),
     ("report --rows few", ["--rows few", "a number"]),
     ("report --contexts 51", ["--contexts 51", "at most 50"]),

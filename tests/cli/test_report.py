@@ -88,6 +88,21 @@ def test_one_sae_named(reported: tuple[Path, str, str]) -> None:
     assert len(data["norms"]) == 1
 
 
+def test_the_same_on_the_terminal(reported: tuple[Path, str, str]) -> None:
+    workspace = reported[0]
+    outcome = nsae("--workspace", workspace, "report", "--text", "--contexts", "3")
+    assert outcome.code == 0
+    text = " ".join(outcome.out.split())
+    data = data_of(workspace / "reports" / "workspace" / "report.html")
+    for sentence in (*data["summary"], *data["missing"]):
+        assert sentence in text
+    for heading in ("Norms and sinks per layer", "Trained SAEs", f"Features of {_group(workspace)}/L2-relu"):
+        assert heading in text
+    assert "'<|endoftext|>'" in text
+    as_json = nsae("--workspace", workspace, "--json", "report", "--text", "--contexts", "3")
+    assert as_json.json["result"] == {"summary": data["summary"], "missing": data["missing"]}
+
+
 def test_no_browser_of_features(workspace: Path) -> None:
     assert nsae("--workspace", workspace, "report", "--browse", "none", "--name", "short").code == 0
     assert data_of(workspace / "reports" / "short" / "report.html")["features"] == []

@@ -46,69 +46,72 @@ class Report:
     left_out: dict[str, int]
 
 
-def run_report(
+def collect_report(
     references: Sequence[str],
     browse: Sequence[str] | Literal["none"],
     activations: str | None,
     options: ReportOptions,
     workspace: Workspace,
-    name: str | None,
     reporter: Reporter,
-) -> Report:
-    """Writes reports/NAME/report.html; features that are to be browsed are measured first where they were not.
+) -> ReportContent:
+    """Reads what is to be shown; features that are to be browsed are measured first where they were not.
 
     Args:
         references: names or paths of SAEs or groups; empty for the whole workspace.
         browse: SAEs or groups for the feature browser; empty for a few of those reported on; "none" for no browser.
         activations: a store to measure features on; None for the one each SAE was trained on.
-        name: of the page; None for the SAE's or group's name, or "workspace".
 
     Raises:
         UsageError: nothing of that name, or nothing to report on.
         ArtifactError: an artifact is damaged.
         NumericalError: a norm of a store is not finite.
-        Interrupted: a signal asked to stop; no page was written, features measured so far are kept.
+        Interrupted: a signal asked to stop; features measured so far are kept.
     """
     artifacts = gather.named_saes(references, workspace) if references else gather.all_saes(workspace)
+    groups = list(dict.fromkeys(artifact.name.partition("/")[0] for artifact in artifacts))
     saes = []
     for artifact in artifacts:
         interrupt.stop_if_requested("stopped; no page was written, run the same command again")
         saes.append(gather.read_sae(artifact, workspace))
     norms = gather.norms_of(saes, workspace) if references else list(workspace.complete(Kind.NORMS))
-    tables = [] if references else gather.read_tables(workspace)
+    tables = [(name, table) for name, table in gather.read_tables(workspace) if not references or name in groups]
     if not saes and not norms and not tables:
         raise gather.refuse_nothing(workspace)
-    name = check_name(name or _default_name(artifacts if references else []))
     browsed = _choose_browsed(browse, artifacts, saes, workspace, reporter)
     features, problems = _features(browsed, activations, options, workspace, reporter, asked=bool(browse))
-    content = ReportContent(
-        title=_title(artifacts if references else [], workspace),
+    named = saes[0].name if len(saes) == 1 else ", ".join(groups)
+    return ReportContent(
+        title=f"Norm bias of {named}" if references else f"Norm bias in {workspace.root.resolve().name}",
         norms=[gather.read_norms(artifact) for artifact in norms],
         saes=saes,
         tables=tables,
         features=features,
         missing=[*_missing(saes, bool(norms)), *problems],
     )
+
+
+def write_report(content: ReportContent, workspace: Workspace, name: str) -> Report:
+    """Writes reports/NAME/report.html.
+
+    Raises:
+        ResourceError: the disk is full, or the folder cannot be written.
+    """
     page, left_out = render_page(content)
-    path = workspace.root / "reports" / name / "report.html"
+    path = workspace.root / "reports" / check_name(name) / "report.html"
     commit.make_folder(path.parent)
     commit.remove_leftovers(path.parent)
     commit.write_text(path, page)
     return Report(path, len(page.encode("utf-8")), left_out)
 
 
-def _default_name(artifacts: Sequence[Artifact]) -> str:
-    groups = {artifact.name.partition("/")[0] for artifact in artifacts}
-    if len(artifacts) == 1:
-        return artifacts[0].name.replace("/", "-")
-    return groups.pop() if len(groups) == 1 else "saes" if groups else _EVERYTHING
-
-
-def _title(artifacts: Sequence[Artifact], workspace: Workspace) -> str:
-    if not artifacts:
-        return f"Norm bias in {workspace.root.resolve().name}"
-    groups = list(dict.fromkeys(artifact.name.partition("/")[0] for artifact in artifacts))
-    return f"Norm bias of {artifacts[0].name if len(artifacts) == 1 else ', '.join(groups)}"
+def default_name(references: Sequence[str], content: ReportContent) -> str:
+    """The SAE's or the group's name; "workspace" for all of it, "saes" for several groups."""
+    if not references:
+        return _EVERYTHING
+    groups = {sae.name.partition("/")[0] for sae in content.saes}
+    if len(content.saes) == 1:
+        return content.saes[0].name.replace("/", "-")
+    return groups.pop() if len(groups) == 1 else "saes"
 
 
 def _choose_browsed(

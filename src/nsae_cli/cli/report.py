@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.console import Group, RenderableType
+from rich.text import Text
 
 from nsae_cli.cli.options import Name
-from nsae_cli.cli.session import session_of
+from nsae_cli.cli.session import Session, session_of
 from nsae_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from nsae_cli.report.page_content import ReportContent
 
 
 def command(
@@ -34,6 +39,9 @@ def command(
     contexts: Annotated[
         str | None, typer.Option(metavar="INT", help="Strongest contexts kept per feature [default: 10].")
     ] = None,
+    text: Annotated[
+        bool, typer.Option("--text", help="Print sentences and tables instead, and write no page.")
+    ] = False,
     name: Name = None,
 ) -> None:
     """Show everything in one HTML page.
@@ -42,7 +50,7 @@ def command(
     training curves, Pareto fronts, tables and a feature browser. Without --name NAME is the SAE's or group's name, or
     workspace. Features that were not measured yet are measured first and kept in features/.
     """
-    from nsae_cli.analysis.report import ReportOptions, run_report
+    from nsae_cli.analysis.report import ReportOptions, collect_report, default_name, write_report
     from nsae_cli.values import validate_options
 
     session = session_of(context)
@@ -50,10 +58,38 @@ def command(
     options = validate_options(ReportOptions, {key: value for key, value in given.items() if value is not None})
     if browse and "none" in browse and len(browse) > 1:
         raise UsageError(f"--browse none and --browse {next(one for one in browse if one != 'none')}: give one")
-    chosen = "none" if browse == ["none"] else browse or []
-    report = run_report(saes or [], chosen, activations, options, session.workspace, name, session.reporter)
+    if text and name is not None:
+        raise UsageError(f"--text writes no page, so that --name {name} names nothing; leave one out")
+    chosen: list[str] | Literal["none"] = "none" if browse == ["none"] else browse or []
+    content = collect_report(saes or [], chosen, activations, options, session.workspace, session.reporter)
+    if text:
+        _print(session, content)
+        return
+    report = write_report(content, session.workspace, name or default_name(saes or [], content))
     left_out = [f"{count:,} {what}" for what, count in report.left_out.items() if count]
     session.reporter.note(
         f"{report.size / 1e6:.1f} MB" + (f"; left out to keep it below 8 MB: {', '.join(left_out)}" if left_out else "")
     )
     session.finish_file("report", report.path)
+
+
+def _print(session: Session, content: ReportContent) -> None:
+    from nsae_cli.report.summary import summarise
+    from nsae_cli.report.tables import features_table, norms_table, train_table
+
+    sentences = summarise(content)
+
+    def show() -> RenderableType:
+        parts: list[RenderableType] = [Text(content.title, style="bold"), *(Text(one) for one in sentences)]
+        if content.missing:
+            parts += ["", Text("Not shown", style="bold"), *(Text(one) for one in content.missing)]
+        for norms in content.norms:
+            parts += ["", norms_table(norms.document)]
+        if content.saes:
+            runs = [sae.run for sae in content.saes]
+            parts += ["", train_table(runs, [sae.name for sae in content.saes], runs[0])]
+        for features in content.features:
+            parts += ["", features_table(features)]
+        return Group(*parts)
+
+    session.finish_measurement("report", {"summary": sentences, "missing": list(content.missing)}, show)

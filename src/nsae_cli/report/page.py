@@ -13,7 +13,7 @@ from nsae_cli.report import page_sections as sections
 from nsae_cli.report.page_comparison import comparison_section
 from nsae_cli.report.page_content import ReportContent
 from nsae_cli.report.page_features import features_section
-from nsae_cli.report.summary import summary_sentences
+from nsae_cli.report.summary import summarise
 
 #: A page is never larger.
 LARGEST_PAGE = 8_000_000
@@ -52,9 +52,6 @@ def render_page(content: ReportContent) -> tuple[str, dict[str, int]]:
 
 
 def _data(content: ReportContent) -> dict[str, Any]:
-    runs = [(sae.name, sae.run) for sae in content.saes]
-    analysed = [(sae.name, sae.top_norms[0]) for sae in content.saes if sae.top_norms is not None]
-    evaluated = [(sae.name, sae.evaluation) for sae in content.saes if sae.evaluation is not None]
     histograms = [found for sae in content.saes if (found := sections.histograms_section(sae))]
     histograms, fewer_histograms = sections.fitting(histograms, _HISTOGRAM_BYTES)
     for points in _CURVE_POINTS:
@@ -66,7 +63,7 @@ def _data(content: ReportContent) -> dict[str, Any]:
     return {
         "title": content.title,
         "version": __version__,
-        "summary": summary_sentences([norms.document for norms in content.norms], runs, analysed, evaluated),
+        "summary": summarise(content),
         "missing": list(content.missing),
         "norms": [sections.norms_section(norms) for norms in content.norms],
         "histograms": histograms,

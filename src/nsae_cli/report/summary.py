@@ -7,6 +7,7 @@ from typing import Any
 
 from nsae_cli.report import format as fmt
 from nsae_cli.report.arms import behaviour
+from nsae_cli.report.page_content import ReportContent
 
 #: A share of explained variance that sinks add and that is worth a sentence.
 _GAP = 0.005
@@ -32,6 +33,16 @@ def summary_sentences(
     sentences += [_saes(runs), _gap(runs), _bias(runs), _top(top_norms), _behaviour(evaluations)]
     sentences += [f"{name}: {warning}" for name, run in runs for warning in run.get("warnings") or []]
     return [sentence for sentence in sentences if sentence]
+
+
+def summarise(content: ReportContent) -> list[str]:
+    """The sentences about everything on a page."""
+    return summary_sentences(
+        [norms.document for norms in content.norms],
+        [(sae.name, sae.run) for sae in content.saes],
+        [(sae.name, sae.top_norms[0]) for sae in content.saes if sae.top_norms is not None],
+        [(sae.name, sae.evaluation) for sae in content.saes if sae.evaluation is not None],
+    )
 
 
 def _sinks(norms: Mapping[str, Any]) -> str:

@@ -1,9 +1,18 @@
 """Every terminal table of nsae. Each function returns a rich renderable, except `top_norms_findings`: sentences."""
 
 from nsae_cli.report.bench_table import bench_table
+from nsae_cli.report.feature_tables import features_table
 from nsae_cli.report.norm_tables import norms_table
 from nsae_cli.report.top_norm_tables import top_norms_findings, top_norms_table
 from nsae_cli.report.train_tables import train_table
 from nsae_cli.report.workspace_table import workspace_table
 
-__all__ = ["bench_table", "norms_table", "top_norms_findings", "top_norms_table", "train_table", "workspace_table"]
+__all__ = [
+    "bench_table",
+    "features_table",
+    "norms_table",
+    "top_norms_findings",
+    "top_norms_table",
+    "train_table",
+    "workspace_table",
+]
