@@ -13,7 +13,7 @@ from nsae_cli.store.workspace import Workspace
 @pytest.fixture(autouse=True)
 def quick_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing is tested elsewhere (tests/report, tests/cli) and takes longer than all the rest."""
-    for module in ("norms_artifact", "top_norms_artifact"):
+    for module in ("norms_artifact", "top_norms_artifact", "comparison_artifact"):
         monkeypatch.setattr(f"nsae_cli.analysis.{module}.save_png", lambda _, path: path.write_bytes(b"figure"))
 
 

@@ -1,4 +1,4 @@
-"""One small workspace for all tests of the command line: collect → norms → a grid of two SAEs → analyze-top-norms."""
+"""One small workspace for all tests of the command line: a store, its norms, two SAEs, what is measured of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def no_signal() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Outcome]]:
-    """A workspace and what each of the four commands printed; each takes the newest result of the one before."""
+    """A workspace and what each of the commands printed; each takes the newest result of the one before."""
     workspace = tmp_path_factory.mktemp("chain") / "runs"
     outcomes = {}
     for command in (
@@ -29,6 +29,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Out
         ("norms",),
         (*TRAIN, "--device", "cpu"),
         ("analyze-top-norms", "--top", "2%"),
+        ("eval", "--device", "cpu"),
     ):
         outcomes[command[0]] = outcome = nsae("--workspace", workspace, *command)
         assert outcome.code == 0, outcome.err
@@ -37,7 +38,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Out
 
 @pytest.fixture(scope="session")
 def finished(chain: tuple[Path, dict[str, Outcome]]) -> Path:
-    """The workspace after the four commands. Tests only read it."""
+    """The workspace after these commands. Tests only read it."""
     return chain[0]
 
 

@@ -19,13 +19,14 @@ ARTIFACT_FILES = {
     Kind.NORMS: {"norms.json", "norms.safetensors", "norms.png", "norms-position0.png"},
     Kind.SAE: {"cfg.json", "sae_weights.safetensors", "run.json", "metrics.jsonl"},
     Kind.TOP_NORMS: {"top_norms.json", "top_norms.safetensors", "l0.png", "l1.png"},
+    Kind.EVAL: {"eval.json", "contexts.safetensors"},
 }
 
 
 @pytest.mark.parametrize("kind", list(ARTIFACT_FILES))
 def test_artifacts_are_whole(finished: Path, kind: Kind) -> None:
     marks = [*(finished / kind.folder).glob(f"*/{kind.mark}"), *(finished / kind.folder).glob(f"*/*/{kind.mark}")]
-    assert len(marks) == (2 if kind in (Kind.SAE, Kind.TOP_NORMS) else 1)
+    assert len(marks) == (2 if kind in (Kind.SAE, Kind.TOP_NORMS, Kind.EVAL) else 1)
     for mark in marks:
         assert ARTIFACT_FILES[kind] <= {path.name for path in mark.parent.iterdir()}
         json.loads(mark.read_text(encoding="utf-8"), parse_constant=pytest.fail)  # no NaN, no Infinity
@@ -145,7 +146,7 @@ def test_list_names_the_workspace_and_everything_in_it(workspace: Path, store: s
     outcome = nsae("--workspace", workspace, "list")
     assert outcome.err == f"workspace: {workspace}\n"
     rows = {(line.split()[0], line.split()[1]): line for line in outcome.out.splitlines()[2:]}
-    assert len(rows) == 7
+    assert len(rows) == 9
     assert "unfinished" in rows["saes", "begun"]
     assert "run the same nsae train again" in rows["saes", "begun"]
     assert "damaged" in rows["norms", store]
@@ -196,7 +197,11 @@ def test_verbose_says_more(finished: Path) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [(), ("collect",), ("norms",), ("train",), ("analyze-top-norms",), ("run",), ("plot",), ("report",), ("list",)],
+    [
+        (),
+        *((name,) for name in ("collect", "norms", "train", "analyze-top-norms", "eval")),
+        *((name,) for name in ("run", "plot", "report", "list")),
+    ],
 )
 def test_help_is_plain_and_whole(command: tuple[str, ...]) -> None:
     outcome = nsae(*command, "--help")

@@ -22,7 +22,7 @@ from nsae_cli.store import commit
 USAGE: list[tuple[str, list[str]]] = [
     # unknown words
     ("colect", ["'colect'", "collect", "nsae --help"]),
-    ("frobnicate", ["'frobnicate'", "known are collect, norms, train"]),
+    ("frobnicate", ["'frobnicate'", "known are collect, norms, alter, train"]),
     ("--frob list", ["--frob", "nsae --help"]),
     ("train --frob 3", ["--frob", "nsae train --help"]),
     ("list --json", ["--json stands before the command"]),
@@ -43,7 +43,7 @@ USAGE: list[tuple[str, list[str]]] = [
     # choices: the known values are listed
     ("train --act gelu", ["--act gelu", "relu, tanh-relu, topk, batchtopk or jumprelu"]),
     ("train --act relu,gelu", ["--act gelu", "relu, tanh-relu, topk, batchtopk or jumprelu"]),
-    ("train --l2-norm 2", ["--l2-norm 2", "none, norm or sq"]),
+    ("train --l2-norm 2", ["--l2-norm 2", "none, norm, sq or cosine"]),
     ("train --l1-norm sq", ["--l1-norm sq", "none or norm"]),
     ("train --decoder x", ["--decoder x", "unit, free or bounded"]),
     ("train --sparsity l2", ["--sparsity l2", "l1, l1-decoder-norm, tanh or l0"]),

@@ -40,9 +40,9 @@ def test_the_whole_workspace_in_one_page(reported: tuple[Path, str, str], store:
     assert [norms["name"] for norms in data["norms"]] == [store]
     assert len(data["saes"]["rows"]) == len(data["histograms"]) == len(data["curves"]) == len(data["features"]) == 2
     assert any("sinks are" in sentence for sentence in data["summary"])
-    assert data["missing"] == [
-        f"the change of cross-entropy of these SAEs: `nsae eval {_group(workspace)}` measures them"
-    ]
+    assert data["missing"] == []
+    assert all(point["delta_ce"] is not None for point in data["pareto"]["points"])
+    assert any("costs" in sentence and "nats" in sentence for sentence in data["summary"])
     for features in data["features"]:
         assert features["contexts"] == 3
         assert features["logits"]["final_scale"] > 0
@@ -112,6 +112,7 @@ def test_no_browser_of_features(workspace: Path) -> None:
 def test_what_is_missing_is_said_with_the_command_that_makes_it(workspace: Path) -> None:
     shutil.rmtree(workspace / "norms")
     shutil.rmtree(workspace / "top-norms")
+    shutil.rmtree(workspace / "evals")
     outcome = nsae("--workspace", workspace, "report", "--browse", "none")
     assert outcome.code == 0
     missing = data_of(workspace / "reports" / "workspace" / "report.html")["missing"]
@@ -169,6 +170,7 @@ def test_an_evaluation_gives_the_change_of_cross_entropy(workspace: Path) -> Non
     number = {"value": 0.125, "low": 0.1, "high": 0.15}
     evaluation = {"format_version": 1, "sae": sae, "behaviour": {"delta_ce_ns": number, "delta_ce_all": number}}
     folder = workspace / "evals" / f"{group}-L2-relu"
+    shutil.rmtree(workspace / "evals")
     folder.mkdir(parents=True)
     (folder / "eval.json").write_text(json.dumps(evaluation))
     page = workspace / "reports" / "workspace" / "report.html"

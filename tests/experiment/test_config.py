@@ -79,7 +79,7 @@ def test_large_and_missing_files(tmp_path: Path, workspace: Workspace) -> None:
 STAGES: dict[str, tuple[str, list[str]]] = {
     "unknown key at top": ("stagse: 3\n", ["unknown key 'stagse'; did you mean 'stages'?"]),
     "typo in a command": ("  - colect: {model: mini}\n", ["unknown command 'colect'; did you mean 'collect'?"]),
-    "unknown command": ("  - bench: {}\n", ["unknown command 'bench'; known are analyze-top-norms, collect"]),
+    "unknown command": ("  - bench: {}\n", ["unknown command 'bench'; known are alter, analyze-top-norms, audit"]),
     "typo in an option": ("  - train: {activations: s, learning_rat: 3, l2_nrm: sq}\n", [
         "train has no option 'learning_rat'", "train has no option 'l2_nrm'; did you mean 'l2_norm'?"]),
     "hyphens": ("  - train: {activations: s, l2-norm: sq}\n", ["no option 'l2-norm'; did you mean 'l2_norm'?"]),
@@ -88,7 +88,7 @@ STAGES: dict[str, tuple[str, list[str]]] = {
         "deterministic 5: expected true or false", "tokens 1.5: expected a whole number"]),
     "mapping for a value": ("  - train: {activations: s, act: {a: b}}\n", ["act", "expected relu, tanh-relu, topk"]),
     "list where one is wanted": ("  - collect: {model: [mini, gpt2]}\n", ["model mini,gpt2: expected a text"]),
-    "no is no number": ("  - train: {activations: s, l2_norm: no}\n", ["l2_norm no: expected none, norm or sq"]),
+    "no is no number": ("  - train: {activations: s, l2_norm: no}\n", ["no: expected none, norm, sq or cosine"]),
     "duplicate key": ("  - norms: {name: a, name: b}\n", ["key 'name' appears twice (first in line 3)"]),
     "options are a list": ("  - norms: [a]\n", ["the options of norms are not a mapping"]),
     "options are text": ("  - norms: s\n", ["the options of norms are not a mapping"]),
@@ -186,3 +186,36 @@ def test_inputs_are_earlier_names_the_workspace_or_paths_from_the_file(
     assert (stages[1].options.model, stages[1].options.corpus) == ("configs/../elsewhere", "builtin")
     assert [stage.reads for stage in stages[2:6]] == [["a"], ["old"], ["configs/stores/mine"], 1]
     assert (stages[6].reads, stages[6].activations) == (["t/L2-relu", "t"], "configs/stores/mine")
+
+
+def test_defaults_fill_in_what_a_stage_does_not_set(tmp_path: Path, workspace: Workspace) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "defaults:\n"
+        "  train: {activations: s, tokens: 2k, act: [relu, tanh-relu]}\n"
+        "  norms: {probe: true}\n"
+        "stages:\n" + COLLECT + "  - norms\n"
+        "  - train: {act: relu, name: a}\n"
+        "  - train: {activations: s, tokens: 3k, name: b}\n"
+    )
+    _, norms, first, second = load_config(path, workspace)
+    assert norms.options.probe is True
+    assert (first.options.act, first.options.tokens, first.reads) == (["relu"], 2000, ["s"])
+    assert (second.options.act, second.options.tokens) == (["relu", "tanh-relu"], 3000)
+
+
+def test_defaults_that_are_wrong_are_reported_once_and_where_they_stand(tmp_path: Path) -> None:
+    text = (
+        "defaults:\n"
+        "  train: {tokns: 2k, name: t, lr: fast}\n"
+        "  trian: {}\n"
+        "  norms: 3\n"
+        "stages:\n" + COLLECT + "  - train: {activations: s}\n"
+        "  - train: {activations: s}\n"
+    )
+    found = problems(tmp_path, text)
+    assert [int(problem.partition(":")[0]) for problem in found] == [2, 2, 2, 3, 4]
+    for part in ("no option 'tokns'", "a name belongs to one stage", "lr fast: expected a number",
+                 "did you mean 'train'", "the options of norms are not a mapping"):  # fmt: skip
+        assert sum(part in problem for problem in found) == 1
+    assert "expected commands with options" in problems(tmp_path, "defaults: 3\nstages:\n" + COLLECT)[0]

@@ -94,7 +94,8 @@ def step_result(weights: Weights, x_hat_minus_x: torch.Tensor) -> Gradients:
 
     nothing = torch.zeros(1, dtype=torch.float64)
     return DenseGradients(
-        StepResult(x_hat_minus_x, nothing, nothing, nothing, nothing, torch.tensor([False])), weights.zeros_like()
+        StepResult(x_hat_minus_x, nothing, nothing, nothing, nothing, nothing, torch.tensor([False])),
+        weights.zeros_like(),
     )
 
 

@@ -135,7 +135,9 @@ def autocast_step(x, weights, gradients, *, activation, penalty, error_weight, s
     (error_weight * sq_error + sparsity_weight * penalties).sum().backward()
     for target, leaf in zip(gradients.tensors(), leaves.tensors(), strict=True):
         target.copy_(leaf.grad)
-    return StepResult((x_hat - x).detach(), sq_error.detach(), penalties.detach(), *(torch.empty(0),) * 3)
+    return StepResult(
+        (x_hat - x).detach(), sq_error.detach(), sq_error.detach(), penalties.detach(), *(torch.empty(0),) * 3
+    )
 
 
 @pytest.mark.parametrize(("act", "penalty"), COMBINATIONS)

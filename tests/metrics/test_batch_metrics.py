@@ -7,12 +7,12 @@ import torch
 from measured_rows import Rows, make_rows
 
 from nsae_cli.metrics.groups import SINKS
-from nsae_cli.metrics.norm_bias import NormBiasIndex
+from nsae_cli.metrics.norm_bias import GradShare, NormBiasIndex, measured_exponent
 from nsae_cli.metrics.reconstruction import ReconstructionAccumulator
 from nsae_cli.metrics.training_batch import batch_metrics
 
 
-def measure(rows: Rows, p: int = 0) -> dict[str, Any]:
+def measure(rows: Rows, p: int = 0, q: int = 0) -> dict[str, Any]:
     x = rows.x.double()
     return batch_metrics(
         x=rows.x,
@@ -25,6 +25,9 @@ def measure(rows: Rows, p: int = 0) -> dict[str, Any]:
         l0=rows.l0,
         l1=rows.l1,
         weight_error=rows.norm**-p,
+        penalty=rows.penalty,
+        weight_sparsity=rows.norm**-q,
+        gradient_norms={"W_enc": rows.norm * rows.l1, "W_dec": rows.l1},
     )
 
 
@@ -38,11 +41,13 @@ def test_worked_numbers() -> None:
             group=torch.tensor([0, 3, SINKS]),
             l0=torch.tensor([3, 1, 2]),
             l1=torch.tensor([4.0, 2.0, 9.0]),
-            penalty=torch.zeros(3),
+            penalty=torch.tensor([4.0, 1.0, 30.0]),
         ),
         p=1,
+        q=1,
     )
     loss_share, bias_ratio = measured.pop("loss_share"), measured.pop("bias_ratio")
+    l1_share, grad_share, exponents = (measured.pop(key) for key in ("l1_share", "grad_share", "exponents"))
     assert measured == pytest.approx(
         {
             "l0_all": 2.0,
@@ -63,20 +68,46 @@ def test_worked_numbers() -> None:
     assert (loss_share["sinks"], loss_share["b0"], loss_share["b3"]) == pytest.approx((2 / 57, 45 / 57, 10 / 57))
     assert loss_share["b1"] is None
     assert bias_ratio == pytest.approx([6 / 57, 135 / 57, None, None, 30 / 57, *[None] * 6])
+    # q = 1: S/n is .8, .5, 3 of 4.3.
+    assert (l1_share["sinks"], l1_share["b0"], l1_share["b3"]) == pytest.approx((30 / 43, 8 / 43, 5 / 43))
+    assert l1_share["b9"] is None
+    # Norms n·Σf and Σf: 20, 4, 90 of 114 and 4, 2, 9 of 15.
+    assert {name: share["sinks"] for name, share in grad_share.items()} == pytest.approx(
+        {"W_enc": 90 / 114, "W_dec": 9 / 15}
+    )
+    assert grad_share["W_enc"]["b0"] == pytest.approx(20 / 114)
+    # Two points each: log of (2.25/.5), (.8/.5), (20/4), (4/2) over log(5/2).
+    ratios = {"loss": 4.5, "sparsity": 1.6, "grad_W_enc": 5, "grad_W_dec": 2}
+    assert exponents == pytest.approx({name: math.log(r) / math.log(2.5) for name, r in ratios.items()}, rel=1e-6)
 
 
 @pytest.mark.parametrize("p", [0, 1, 2])
 def test_equal_to_the_streaming_metrics_on_the_same_rows(rows: Rows, p: int) -> None:
     accumulator = ReconstructionAccumulator(5)
     accumulator.update(*rows.arguments())
-    full = accumulator.compute(l2_power=p, l1_power=0)
+    full = accumulator.compute(l2_power=p, l1_power=1)
     nbi = NormBiasIndex()
     rho = (rows.x_hat - rows.x).square().sum(1) / rows.x.square().sum(1)
     nbi.update(torch.zeros(60, dtype=torch.int64), rows.norm, rho, rows.group != SINKS)
     ns, everything = full["ns"], full["all"]
     by_group = [full["sinks"], *full["bins"]]
 
-    measured = measure(rows, p)
+    measured = measure(rows, p, q=1)
+    assert list(measured.pop("l1_share").values()) == pytest.approx([scope["l1_share"] for scope in by_group])
+    shares = GradShare()
+    shares.update({"W_enc": rows.norm * rows.l1, "W_dec": rows.l1}, rows.group)
+    for name, share in shares.compute().items():
+        assert list(measured["grad_share"][name].values()) == pytest.approx([share["sinks"], *share["bins"]])
+    del measured["grad_share"]
+    ns_rows = rows.group != SINKS
+    values = {
+        "loss": rows.norm**-p * (rows.x_hat - rows.x).square().sum(1),
+        "sparsity": rows.penalty / rows.norm,
+        "grad_W_enc": rows.norm * rows.l1,
+        "grad_W_dec": rows.l1,
+    }
+    expected = {name: measured_exponent(rows.norm, value, ns_rows) for name, value in values.items()}
+    assert measured.pop("exponents") == pytest.approx(expected)
     assert list(measured.pop("loss_share").values()) == pytest.approx([scope["loss_share"] for scope in by_group])
     assert measured.pop("bias_ratio") == pytest.approx([scope["bias_ratio"] for scope in by_group])
     assert measured == pytest.approx(
@@ -95,9 +126,12 @@ def test_equal_to_the_streaming_metrics_on_the_same_rows(rows: Rows, p: int) -> 
 
 
 def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
-    assert a.pop("loss_share") == pytest.approx(b.pop("loss_share"), rel=1e-9)
-    assert a.pop("bias_ratio") == pytest.approx(b.pop("bias_ratio"), rel=1e-9)
-    assert a == pytest.approx(b, rel=1e-9)
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        if key == "grad_share":
+            assert_same(value, b[key])
+        else:
+            assert value == pytest.approx(b[key], rel=1e-9)
 
 
 def test_the_order_of_rows_does_not_matter(rows: Rows) -> None:

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsae_cli.metrics.norm_bias import NormBiasIndex, index, measured_exponent, ols_slope
+from nsae_cli.metrics.norm_bias import MeasuredExponents, NormBiasIndex, index, measured_exponent, ols_slope
 
 LOG_NORM = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
 LOG_RHO = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)  # Σ(x−x̄)(y−ȳ) = 1, Σ(x−x̄)² = 2: slope .5
@@ -61,6 +61,21 @@ def test_a_measured_exponent_is_the_power_of_the_norm() -> None:
     value[0] = 0.0  # has no logarithm, and is left out
     assert measured_exponent(norm, value, mask) == pytest.approx(1.5, rel=1e-6)
     assert measured_exponent(norm, torch.zeros(5), mask) is None
+
+
+def test_streamed_exponents_are_those_of_all_rows_at_once() -> None:
+    g = torch.Generator().manual_seed(4)
+    norm, a, b = (torch.rand(90, generator=g) + 0.1 for _ in range(3))
+    a[5], norm[7] = 0.0, 0.0
+    mask = torch.arange(90) % 9 > 0
+    streamed = MeasuredExponents()
+    for part in torch.arange(90).split(40):
+        streamed.update(norm[part], {"a": a[part], "b": b[part]}, mask[part])
+    expected = {"a": measured_exponent(norm, a, mask), "b": measured_exponent(norm, b, mask)}
+    assert streamed.compute() == pytest.approx(expected)
+    flat = MeasuredExponents()
+    flat.update(torch.full((5,), 3.0), {"a": a[:5]}, mask[:5])
+    assert flat.compute() == {"a": None}
 
 
 def correlated_rows(contexts: int = 40, per_context: int = 12) -> tuple[Tensor, Tensor, Tensor]:

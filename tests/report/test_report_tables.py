@@ -253,6 +253,18 @@ def test_findings_of_sinks_given_up() -> None:
     assert found[2].endswith("the SAE has given them up, their reconstruction has 2 % of their length.")
 
 
+def test_findings_of_an_sae_of_directions_say_nothing_of_lengths() -> None:
+    top = group(rows=1000, loss_share=0.02, mre=0.95, norm_ratio=0.03, direction_error=0.08, tokens=None)
+    of_cosine = {"config": {"l2_norm": "cosine"}}
+    found = findings(top, group(mre=0.9, direction_error=0.05), group(direction_error=0.04), **of_cosine)
+    assert found[1] == "They are 1 % of the tokens and hold 2 % of the cosine loss."
+    assert found[2] == (
+        "Their direction error is 0.08, against 0.05 for the others and 0.04 for the bottom 1 %; how long a "
+        "reconstruction is was not trained (--l2-norm cosine)."
+    )
+    assert len(findings(group(rows=1000, tokens=None), group(), **of_cosine)) == 1
+
+
 def test_findings_without_positions_or_difference() -> None:
     top = group(rows=1000, l0={"mean": 41.0}, mre=0.2, positions=[], tokens=None)
     found = findings(top, group(l0={"mean": 40.0}, mre=0.2))

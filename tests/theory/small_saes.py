@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from nsae_cli.kernels.distance import COSINE_DISTANCE, SQUARED_ERROR
 from nsae_cli.kernels.reference import step_gradients
-from nsae_cli.kernels.types import Activation, Penalty, StepResult, Weights
+from nsae_cli.kernels.types import Activation, Distance, Penalty, StepResult, Weights
 from nsae_cli.sae.objective import Objective
 
 D_IN, D_SAE, ROWS = 6, 14, 24
@@ -66,6 +67,7 @@ class Pass:
         error_weight: Tensor,
         sparsity_weight: Tensor,
         noise: Tensor | None = None,
+        distance: Distance = SQUARED_ERROR,
     ) -> None:
         self.gradients = weights.zeros_like()
         self.result: StepResult = step_gradients(
@@ -77,8 +79,9 @@ class Pass:
             error_weight=error_weight,
             sparsity_weight=sparsity_weight,
             noise=noise,
+            distance=distance,
         )
-        self.error_term = error_weight * self.result.sq_error
+        self.error_term = error_weight * self.result.distance
         self.sparsity_term = sparsity_weight * self.result.penalty
         self.loss = self.error_term + self.sparsity_term
 
@@ -95,6 +98,7 @@ def run(objective: Objective, x: Tensor, weights: Weights, noise: Tensor | None 
         error_weight,
         sparsity_weight * objective.beta_scaled,
         noise,
+        objective.distance,
     )
 
 
@@ -102,3 +106,9 @@ def make(
     act: str = "relu", p: int = 0, q: int = 0, sparsity: str = "l1", beta: float = 0.3, scale: float = 1.0
 ) -> Objective:
     return Objective(act, p, q, sparsity, beta, scale)
+
+
+def make_cosine(act: str = "relu", sparsity: str = "l1", beta: float = 0.3, scale: float = 1.0) -> Objective:
+    """`--l2-norm cosine`, whose p is 2."""
+    few = {"k": 3 if act in ("topk", "batchtopk") else None, "bandwidth": 0.1 if act == "jumprelu" else None}
+    return Objective(act, 2, 0, sparsity, beta, scale, **few, distance=COSINE_DISTANCE)  # type: ignore[arg-type]

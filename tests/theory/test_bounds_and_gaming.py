@@ -19,7 +19,7 @@ from small_saes import (
 
 from nsae_cli.kernels.decoder import bound_rows_
 from nsae_cli.sae.autoencoder import SparseAutoencoder
-from nsae_cli.sae.objective import DECODERS, refused_combination
+from nsae_cli.sae.objective import DECODERS, L2_POWER, refused_combination
 from nsae_cli.sae.penalty import PENALTIES
 
 every_pq = [pytest.param(p, q, id=f"p{p}-q{q}") for p in L2_POWERS for q in L1_POWERS]
@@ -167,7 +167,8 @@ def test_exactly_these_combinations_are_refused() -> None:
         for act in ACTS
         for decoder in DECODERS
         for sparsity in PENALTIES
-        if refused_combination(act, decoder, sparsity) is not None
+        for l2_norm in L2_POWER
+        if refused_combination(act, decoder, sparsity, l2_norm) is not None
     }
     unbounded = {("tanh-relu", "unit", sparsity) for sparsity in PENALTIES} | {("relu", "free", "l1")}
     assert refused == unbounded | {(act, decoder, "l0") for act in ACTS for decoder in DECODERS}

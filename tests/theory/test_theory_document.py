@@ -75,10 +75,8 @@ def test_every_metric_of_an_evaluation_is_in_the_reference() -> None:
     group = torch.arange(300) % (SINKS + 1)
     rows = HookRows(x, x.norm(dim=1), group, torch.zeros(300, dtype=torch.bool))
     weights = Weights(*(tensor.float() for tensor in random_weights().tensors()))
-    metrics, _ = evaluate(
-        SparseAutoencoder("relu", weights), make(), False, lambda _: iter([(rows, torch.arange(300) // 30)])
-    )
-    found = keys_of(metrics)
+    sae = SparseAutoencoder("relu", weights)
+    found = keys_of(evaluate(sae, make(), False, lambda _: iter([(rows, torch.arange(300) // 30)])).metrics)
     assert {"fvu_p2", "nbi_low", "G", "grad_share", "esf"} <= found
     assert found - set(re.findall(r"`(\w+)`", METRICS)) == set()
 

@@ -48,7 +48,7 @@ def test_a_run_and_its_artifact(run, workspace, store):
     assert document == json.loads(commit.to_json(result.runs[0]))
     assert document["hook"] == HOOKS[1]
     assert (document["d_in"], document["d_sae"]) == (12, 20)
-    assert document["counts"] == {"tokens": 2560, "steps": 40, "zero_rows": 0}
+    assert document["counts"] == {"tokens": 2560, "steps": 40, "zero_rows": 0, "resampled": 0}
     assert document["inputs"]["activations"] == {"name": "two-layers", "manifest_sha256": store.manifest_sha256}
     assert document["beta"] == pytest.approx(0.2 * document["norm_scale"])
     assert document["input_scale"] == pytest.approx(12**0.5 / document["norm_scale"])
@@ -72,8 +72,13 @@ def test_metrics_lines(run, workspace):
     last = lines[-1]
     assert set(last) == {
         "step", "tokens", "loss", "loss_l2", "loss_sparsity", "l0_all", "l0_ns", "l1_all", "fvu_all", "fvu_ns",
-        "mre_ns", "cosine_ns", "shrinkage_ns", "dead_fraction_window", "alpha", "lr", "loss_share", "bias_ratio", "nbi",
+        "mre_ns", "cosine_ns", "shrinkage_ns", "dead_fraction_window", "resampled", "alpha", "lr", "loss_share",
+        "bias_ratio", "nbi", "l1_share", "grad_share", "exponents", "probe",
     }  # fmt: skip
+    assert [line["step"] for line in lines if line["probe"]] == [1, 40]
+    for share in (last["l1_share"], *last["grad_share"].values(), last["probe"]["G"]):
+        assert sum(value for value in share.values() if value is not None) == pytest.approx(1.0)
+    assert set(last["exponents"]) == {"loss", "sparsity", "grad_W_enc", "grad_W_dec"}
     assert last["tokens"] == 2560
     assert last["loss"] == pytest.approx(last["loss_l2"] + last["loss_sparsity"])
     assert last["alpha"] == 0.2

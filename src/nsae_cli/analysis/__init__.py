@@ -1,1 +1,1 @@
-"""Measurements on finished artifacts: the norms of a store, and what top-norm tokens do to an SAE."""
+"""Measurements on finished artifacts: the norms of a store, what top-norm tokens do to an SAE, how SAEs compare."""

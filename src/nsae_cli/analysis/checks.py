@@ -8,6 +8,7 @@ from nsae_cli import interrupt
 from nsae_cli.errors import NumericalError
 from nsae_cli.reporter import Reporter
 from nsae_cli.store.contexts import BLOCK_ROWS
+from nsae_cli.store.manifest import describe_alterations
 from nsae_cli.store.shards import ActivationStore
 
 
@@ -29,7 +30,9 @@ def refuse_non_finite(store: ActivationStore, hook: str) -> None:
 
 
 def say_what_is_missing(store: ActivationStore, reporter: Reporter) -> None:
-    """Warns where a store from elsewhere lacks what the measurements use."""
+    """Warns where a store from elsewhere lacks what the measurements use, and says if its norms were altered."""
+    if (altered := describe_alterations(store.manifest)) is not None:
+        reporter.note(f"{store.name}: {altered}")
     if not store.has_positions:
         reporter.warn(
             f"{store.name} has no positions: sink rule 1 is off, blocks of {BLOCK_ROWS} rows stand for contexts"

@@ -27,7 +27,7 @@ from nsae_cli.store.contexts import Contexts
 from nsae_cli.store.profile import HookProfile, profile_hook
 from nsae_cli.store.sae_folder import SavedSae
 from nsae_cli.store.shards import ActivationStore
-from nsae_cli.training.evaluate import evaluation_batch
+from nsae_cli.training.measure import evaluation_batch
 from nsae_cli.values import Size
 
 FORMAT_VERSION = 1

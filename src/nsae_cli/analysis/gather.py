@@ -28,26 +28,6 @@ def all_saes(workspace: Workspace) -> list[Artifact]:
     return [artifact for group in groups.values() for artifact in sorted(group, key=lambda one: one.name)]
 
 
-def named_saes(references: Sequence[str], workspace: Workspace) -> list[Artifact]:
-    """The SAEs of names, groups and paths, each once.
-
-    Raises:
-        UsageError: nothing of that name.
-        ArtifactError: it is not complete.
-    """
-    found = [artifact for reference in references for artifact in workspace.find(Kind.SAE, reference)]
-    return list({artifact.path.resolve(): artifact for artifact in found}.values())
-
-
-def newest_group(workspace: Workspace) -> list[Artifact]:
-    """The SAEs of the newest `nsae train`.
-
-    Raises:
-        UsageError: there are none.
-    """
-    return workspace.find(Kind.SAE, workspace.newest(Kind.SAE).name.partition("/")[0])
-
-
 def read_run(artifact: Artifact) -> dict[str, Any]:
     """run.json of an SAE.
 

@@ -19,7 +19,9 @@ def take_inventory(workspace: Workspace) -> list[dict[str, Any]]:
             status, shown = ("complete", detail) if detail is not None else ("damaged", f"{kind.mark} cannot be read")
             rows.append(_row(kind, artifact.name, status, artifact.path, shown))
         for folder in workspace.unfinished(kind):
-            rows.append(_row(kind, folder.name, "unfinished", folder, f"run the same nsae {kind.command} again"))
+            # Stores come from collect or alter.
+            command = "command" if kind is Kind.ACTIVATIONS else f"nsae {kind.command}"
+            rows.append(_row(kind, folder.name, "unfinished", folder, f"run the same {command} again"))
     return rows
 
 
@@ -33,7 +35,9 @@ def _detail(artifact: Artifact) -> str | None:
     try:
         document = read_json(artifact.path / artifact.kind.mark)
         if artifact.kind is Kind.ACTIVATIONS:
-            return f"{document['rows']:,} rows × {document['d_in']}, {', '.join(document['hooks'])}"
+            altered = ", ".join(change["change"] for change in document.get("altered") or [])
+            rows = f"{document['rows']:,} rows × {document['d_in']}, {', '.join(document['hooks'])}"
+            return f"{rows}, {altered}" if altered else rows
         if artifact.kind is Kind.NORMS:
             return f"{len(document['hooks'])} layers of {document['activations']['name']}"
         if artifact.kind is Kind.SAE:
@@ -41,6 +45,15 @@ def _detail(artifact: Artifact) -> str | None:
             return f"{document['hook']}, {document['d_sae']} features" + ("" if l0 is None else f", L0 {l0:.3g}")
         if artifact.kind is Kind.FEATURES:
             return f"{document['d_sae']} features of {document['sae']['name']}"
+        if artifact.kind is Kind.AUDIT:
+            return f"{document['rows']['rows']:,} rows at {document['hook']}, {document['sae']['name']}"
+        if artifact.kind is Kind.EVAL:
+            delta = document["behaviour"]["delta_ce_ns"]["value"]
+            shown = "" if delta is None else f", ΔCE at non-sinks {delta:.3g}"
+            return f"{document['rows']['tokens']:,} tokens, {document['sae']['name']}{shown}"
+        if artifact.kind is Kind.TABLE:
+            table_rows = sum(len(group["rows"]) for group in document["groups"])
+            return f"{len(document['inputs'])} SAEs in {table_rows} rows"
         return f"top {document['top']:.3g} of {document['rows']:,} rows, {document['sae']['name']}"
     except (NsaeError, KeyError, TypeError, ValueError):
         return None

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from nsae_cli.analysis import gather
 from nsae_cli.analysis.documents import read_document
+from nsae_cli.analysis.saes import choose_saes
 from nsae_cli.analysis.top_norms_artifact import load_rows
 from nsae_cli.errors import UsageError
 from nsae_cli.report import figures
@@ -139,11 +140,7 @@ SUBJECTS: dict[str, Drawer] = {
 
 def _saes(references: Sequence[str], workspace: Workspace, reporter: Reporter) -> tuple[list[Artifact], str]:
     """The SAEs to draw, and a caption that says what they were trained on."""
-    if references:
-        saes = gather.named_saes(references, workspace)
-    else:
-        saes = gather.newest_group(workspace)
-        reporter.note(f"using the newest saes: {saes[0].name.partition('/')[0]}")
+    saes = choose_saes(references, workspace, reporter)
     captions = {f"{trained_on(run)}, {source_line(run)}": None for run in map(gather.read_run, saes)}
     return saes, "; ".join(captions)
 

@@ -14,6 +14,7 @@ from nsae_cli import interrupt
 from nsae_cli.analysis import gather
 from nsae_cli.analysis.features import FeatureOptions
 from nsae_cli.analysis.features_artifact import find_or_measure_features
+from nsae_cli.analysis.saes import choose_saes
 from nsae_cli.errors import UsageError
 from nsae_cli.report.arms import arm_name
 from nsae_cli.report.page import render_page
@@ -67,7 +68,7 @@ def collect_report(
         NumericalError: a norm of a store is not finite.
         Interrupted: a signal asked to stop; features measured so far are kept.
     """
-    artifacts = gather.named_saes(references, workspace) if references else gather.all_saes(workspace)
+    artifacts = choose_saes(references, workspace, reporter) if references else gather.all_saes(workspace)
     groups = list(dict.fromkeys(artifact.name.partition("/")[0] for artifact in artifacts))
     saes = []
     for artifact in artifacts:
@@ -124,7 +125,7 @@ def _choose_browsed(
     if browse == "none" or not artifacts:
         return []
     if browse:
-        return gather.named_saes(browse, workspace)
+        return choose_saes(browse, workspace, reporter)
     if len(artifacts) <= _BROWSED:
         return list(artifacts)
     # One of each method, so that they can be compared; of a method's SAEs one whose features are sparse and many.

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from nsae_cli import interrupt
 from nsae_cli.analysis.checks import refuse_non_finite
 from nsae_cli.analysis.norms import count_tokens
+from nsae_cli.analysis.row_groups import GROUPS, KINDS, distribution, group_by_norm, kind_of
 from nsae_cli.assets import embedded_note
 from nsae_cli.device import one_thread_if_small
 from nsae_cli.errors import ArtifactError, UsageError
@@ -29,13 +29,9 @@ from nsae_cli.store import commit
 from nsae_cli.store.contexts import Contexts
 from nsae_cli.store.sae_folder import SavedSae
 from nsae_cli.store.shards import ActivationStore
-from nsae_cli.training.evaluate import evaluation_batch
+from nsae_cli.training.measure import evaluation_batch
 
 FORMAT_VERSION = 1
-BOTTOM, OTHER, TOP = range(3)
-ORDINARY, SPECIAL, POSITION0 = range(3)
-GROUPS = {"top": TOP, "other": OTHER, "bottom": BOTTOM}
-KINDS = {"position0": POSITION0, "special": SPECIAL, "ordinary": ORDINARY}
 _LISTED = 10
 
 # The fields of `metrics.reconstruction` that a group reports.
@@ -101,8 +97,8 @@ def analyze_top_norms(
     table = _RowTable.collect(store, saved.hook, float(saved.run["norm_scale"]), rows)
     if not len(table.norm):
         raise UsageError(f"{store.name} has fewer than 20 contexts, so no rows are held out; collect more tokens")
-    group = table.group_by_norm(top)
-    kind = table.kind(store.manifest.special_token_ids or [])
+    group = group_by_norm(table.norm, top)
+    kind = kind_of(table.token, table.position, store.manifest.special_token_ids or [])
     objective = Objective.from_run(saved.run)
     by_group, by_kind = _Comparison(saved, objective), _Comparison(saved, objective)
     l0, l1, rho = [], [], []
@@ -194,22 +190,6 @@ class _RowTable:
         norm, token, position, row = (torch.cat(column) for column in zip(*parts, strict=True))
         return cls(norm, token, position, row, torch.empty(0), torch.empty(0))
 
-    def group_by_norm(self, top: float) -> torch.Tensor:
-        """0 bottom, 1 other, 2 top, int64 [rows]. Where they would overlap, top wins."""
-        rows = len(self.norm)
-        k = max(1, round(top * rows))
-        order = self.norm.argsort(stable=True)
-        group = torch.full((rows,), OTHER, dtype=torch.int64)
-        group[order[:k]] = BOTTOM
-        group[order[-k:]] = TOP
-        return group
-
-    def kind(self, special_token_ids: list[int]) -> torch.Tensor:
-        """0 ordinary, 1 other special token, 2 position 0, int64 [rows]."""
-        special = torch.isin(self.token, torch.tensor(special_token_ids, dtype=torch.int64))
-        kind = torch.where(special, SPECIAL, ORDINARY)
-        return torch.where(self.position == 0, POSITION0, kind)
-
     def vectors(self, store: ActivationStore, hook: str, batch: int) -> Any:
         """(index of the first row, x float32 [B, d_in]) in the table's order."""
         first_row = 0
@@ -240,7 +220,9 @@ class _Comparison:
     ) -> None:
         """Adds rows; `label` 0, 1 or 2 per row [B]."""
         penalty = self._objective.penalty.value(acts * self._acts_scale, self._norms).sum(dim=1)
-        self._reconstruction.update(x, x_hat, norm, label, (acts > 0).sum(dim=1), acts.sum(dim=1), penalty)
+        l0, l1 = (acts > 0).sum(dim=1), acts.sum(dim=1)
+        error_terms = self._objective.error_terms(x, x_hat, norm)
+        self._reconstruction.update(x, x_hat, norm, label, l0, l1, penalty, error_terms)
         self._features.update(acts, norm, label)
 
     def describe(
@@ -260,22 +242,13 @@ class _Comparison:
             "rows": rows,
             "norm_min": float(norm.min()) if rows else None,
             "norm_max": float(norm.max()) if rows else None,
-            "l0": _distribution(table.l0[mask]),
-            "l1": _distribution(table.l1[mask]),
+            "l0": distribution(table.l0[mask]),
+            "l1": distribution(table.l1[mask]),
             **{metric: scope[metric] for metric in _METRICS},
             "tokens": count_tokens(token[token >= 0], text, _LISTED),
             "positions": _count_positions(position[position >= 0]),
             "exclusive_features": int(self._features.exclusive_features([value]).sum()),
         }
-
-
-def _distribution(values: torch.Tensor) -> dict[str, float | None]:
-    if not len(values):
-        return {"mean": None, "median": None, "p5": None, "p95": None}
-    values = values.double()
-    # numpy's, since torch.quantile refuses more than 16 million values.
-    median, p5, p95 = np.quantile(values.numpy(), [0.5, 0.05, 0.95]).tolist()
-    return {"mean": float(values.mean()), "median": median, "p5": p5, "p95": p95}
 
 
 def _count_positions(positions: torch.Tensor) -> list[dict[str, int]]:

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from nsae_cli.analysis.checks import say_what_is_missing
 from nsae_cli.analysis.documents import read_document
+from nsae_cli.analysis.saes import choose_saes, result_names
 from nsae_cli.analysis.top_norms import analyze_top_norms, check_fit, write_top_norms
 from nsae_cli.errors import ArtifactError, UsageError
 from nsae_cli.lm.token_text import token_text
@@ -84,38 +85,13 @@ def run_top_norms(
         NumericalError: a norm of the store is not finite.
         Interrupted: a signal asked to stop; the analyses finished so far are kept.
     """
-    saes = _choose(references, workspace, reporter)
+    saes = choose_saes(references, workspace, reporter)
     results = [
         _analyse(sae, activations, options, workspace, check_name(own_name), reporter)
-        for sae, own_name in zip(saes, _names(saes, name), strict=True)
+        for sae, own_name in zip(saes, result_names(saes, name), strict=True)
     ]
     comparison = _draw_together(saes, results, workspace, name) if len(results) > 1 else []
     return TopNormsAnalysis(results, comparison)
-
-
-def _choose(references: Sequence[str], workspace: Workspace, reporter: Reporter) -> list[Artifact]:
-    for reference in references:
-        if Path(reference).is_file():
-            load_sae(reference)  # says why a file cannot be one
-    if references:
-        found = [artifact for reference in references for artifact in workspace.find(Kind.SAE, reference)]
-        return list({artifact.path.resolve(): artifact for artifact in found}.values())
-    newest = workspace.newest(Kind.SAE)
-    group = newest.name.partition("/")[0]
-    reporter.note(f"using the newest saes: {group}")
-    return workspace.find(Kind.SAE, group)
-
-
-def _names(saes: Sequence[Artifact], name: str | None) -> list[str]:
-    """A name per analysis: the SAE's own, or `name`, followed by the cell where there are several."""
-    if name is None:
-        return [sae.name.replace("/", "-") for sae in saes]
-    if len(saes) == 1:
-        return [name]
-    cells = [sae.path.name for sae in saes]
-    if len(set(cells)) < len(cells):
-        cells = [sae.name.replace("/", "-") for sae in saes]
-    return [f"{name}-{cell}" for cell in cells]
 
 
 def _analyse(

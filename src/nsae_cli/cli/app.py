@@ -11,7 +11,22 @@ from typing import Annotated, TextIO
 import typer
 
 from nsae_cli import __version__, interrupt
-from nsae_cli.cli import analyze, bench, collect, failures, list_, norms, plot, report, run, train
+from nsae_cli.cli import (
+    alter,
+    analyze,
+    audit,
+    bench,
+    collect,
+    compare,
+    eval_,
+    failures,
+    list_,
+    norms,
+    plot,
+    report,
+    run,
+    train,
+)
 from nsae_cli.cli.console import print_text
 from nsae_cli.cli.session import Session
 from nsae_cli.store.workspace import Workspace
@@ -38,8 +53,12 @@ app = typer.Typer(
 )
 app.command("collect")(collect.command)
 app.command("norms")(norms.command)
+app.command("alter")(alter.command)
 app.command("train")(train.command)
 app.command("analyze-top-norms")(analyze.command)
+app.command("audit")(audit.command)
+app.command("eval")(eval_.command)
+app.command("compare")(compare.command)
 app.command("run")(run.command)
 app.command("plot")(plot.command)
 app.command("report")(report.command)

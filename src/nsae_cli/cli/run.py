@@ -18,11 +18,20 @@ def command(
 ) -> None:
     """Chain commands from a YAML file.
 
-    What is finished is reused; if a stage fails, what was made before it stays. Ends with the norm table, the table
-    of trained SAEs, the top-norm table and the paths of all figures.
+    What is finished is reused; if a stage fails, what was made before it stays. Ends with the tables of what was made
+    and the paths of all figures.
     """
     from nsae_cli.experiment.run import run_config
-    from nsae_cli.report.tables import norms_table, top_norms_findings, top_norms_table, train_table
+    from nsae_cli.report.tables import (
+        audit_table,
+        comparison_table,
+        eval_findings,
+        eval_table,
+        norms_table,
+        top_norms_findings,
+        top_norms_table,
+        train_table,
+    )
 
     session = session_of(context)
     results = run_config(config, session.workspace, session.reporter)
@@ -40,6 +49,14 @@ def command(
                 for document in result.documents:
                     parts += [Text(document["sae"]["name"], style="bold")]
                     parts += [Text(sentence) for sentence in top_norms_findings(document)]
+            elif result.command == "audit":
+                for document in result.documents:
+                    parts += [audit_table(document), ""]
+            elif result.command == "eval":
+                parts.append(eval_table(result.documents))
+                parts += [Text(sentence) for sentence in eval_findings(result.documents)]
+            elif result.command == "compare":
+                parts += [comparison_table(document) for document in result.documents]
             parts.append("")
         figures = [figure for result in results for figure in result.figures]
         if figures:

@@ -32,11 +32,22 @@ def command(
     ] = None,
     act: Annotated[str, typer.Option(metavar="relu|tanh-relu|topk|batchtopk|jumprelu", help="* Activation.")] = "relu",
     l2_norm: Annotated[
-        str, typer.Option(metavar="none|norm|sq", help="* Divide the squared error by nothing, ‖x‖ or ‖x‖².")
+        str,
+        typer.Option(
+            metavar="none|norm|sq|cosine",
+            help="* Divide the squared error by nothing, ‖x‖ or ‖x‖²; or 2(1 − cos(x, x̂)).",
+        ),
     ] = "none",
     l1_norm: Annotated[
         str, typer.Option(metavar="none|norm", help="* Divide the sparsity penalty by nothing or ‖x‖.")
     ] = "none",
+    row_weights: Annotated[
+        str,
+        typer.Option(
+            metavar="plain|mean-one|permuted",
+            help="* These weights as they are; or, as controls, of equal mean in every batch, or shuffled among rows.",
+        ),
+    ] = "plain",
     decoder: Annotated[
         str | None,
         typer.Option(
@@ -55,10 +66,18 @@ def command(
             help="* Sparsity coefficient α [default: relu 0.2, tanh-relu 0.03, jumprelu 0.003]; none with topk.",
         ),
     ] = None,
+    alpha_from: Annotated[
+        str | None,
+        typer.Option(metavar="SAE", help="α as SAEs trained alike, at whatever layer, found it by --target-l0."),
+    ] = None,
     alpha_scale: Annotated[
         str, typer.Option(metavar="layer-norm|none|note", help="* How the penalty's weight β follows from α.")
     ] = "layer-norm",
     alpha_warm_up: Annotated[str, typer.Option(metavar="SHARE", help="Share of the steps over which α rises.")] = "20%",
+    target_l0: Annotated[
+        str | None,
+        typer.Option(metavar="FLOAT", help="* Mean L0 of non-sink tokens; α is moved until it is met, from --alpha."),
+    ] = None,
     k: Annotated[
         str | None,
         typer.Option(
@@ -106,6 +125,17 @@ def command(
     dead_window: Annotated[
         str, typer.Option(metavar="SIZE", help="Tokens after which a silent feature counts as dead.")
     ] = "262144",
+    probe_every: Annotated[
+        str,
+        typer.Option(metavar="auto|STEPS|off", help="How often to probe the gradient; auto: about 20 times a run."),
+    ] = "auto",
+    resample_dead: Annotated[
+        str,
+        typer.Option(
+            metavar="off|STEPS|SHARE",
+            help="Every so often (500, 10%) give features that are dead by --dead-window new weights; not with topk.",
+        ),
+    ] = "off",
     buffer: Annotated[
         str, typer.Option(metavar="SIZE", help="Rows that are mixed in memory at a time; bounds host memory.")
     ] = "524288",

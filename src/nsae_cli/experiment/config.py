@@ -16,8 +16,9 @@ from nsae_cli.lm.corpus import BUILTIN
 from nsae_cli.store.workspace import Kind, Workspace, check_name
 from nsae_cli.values import validate_options
 
+_TOP_KEYS = ("stages", "defaults")
 #: Options that may hold a path, and what they may hold that only looks like one.
-_PATH_OPTIONS = {"model": EMBEDDED_MODELS, "from_model": EMBEDDED_MODELS, "corpus": (BUILTIN,)}
+_PATH_OPTIONS = {"model": EMBEDDED_MODELS, "from_model": EMBEDDED_MODELS, "corpus": (BUILTIN,), "reference": ()}
 
 
 def load_config(path: Path, workspace: Workspace) -> list[Stage]:
@@ -25,7 +26,8 @@ def load_config(path: Path, workspace: Workspace) -> list[Stage]:
 
     ``stages:`` is a list of ``{command: {option: value or list, name: …}}``. A stage reads what its input key names
     (``activations``, ``saes``): an earlier stage's name, a name in the workspace, or a path; without the key it reads
-    what the latest stage before it made. Relative paths are taken from the file.
+    what the latest stage before it made. Relative paths are taken from the file. ``defaults:`` gives options to all
+    stages of a command that do not set them: ``{command: {option: value}}``.
 
     Args:
         path: the file.
@@ -67,24 +69,46 @@ class _Reader:
     _number: int = 0
 
     def entries(self, document: Located) -> Iterator[_Entry]:
-        """The stages of a document."""
+        """The stages of a document, with the defaults of their commands filled in."""
         listed = document.value.get("stages") if isinstance(document.value, dict) else None
         for key, line in document.key_lines.items():
-            if key != "stages":
-                self._problem(line, f"unknown key {key!r}{_nearest(key, ['stages'])}")
+            if key not in _TOP_KEYS:
+                self._problem(line, f"unknown key {key!r}{_nearest(key, _TOP_KEYS)}")
+        defaults = self._defaults(document)
         if listed is None or not isinstance(listed.value, list) or not listed.value:
             self._problem(
                 document.line if listed is None else listed.line, "expected `stages:` with a list of commands"
             )
             return
         for entry in listed.value:
-            if isinstance(entry.value, str):
-                yield _Entry(entry.value, entry.line, Located(None, entry.line))  # `- norms`, without options
+            if isinstance(entry.value, str):  # `- norms`, without options
+                body = _with_defaults(Located(None, entry.line), defaults.get(entry.value))
+                yield _Entry(entry.value, entry.line, body)
             elif isinstance(entry.value, dict) and len(entry.value) == 1:
                 [(command, body)] = entry.value.items()
-                yield _Entry(command, entry.key_lines[command], body)
+                yield _Entry(command, entry.key_lines[command], _with_defaults(body, defaults.get(command)))
             else:
                 self._problem(entry.line, "a stage is one command with its options, as in `- norms: {name: first}`")
+
+    def _defaults(self, document: Located) -> dict[str, Located]:
+        """The options that ``defaults:`` gives, by command."""
+        given = document.value.get("defaults") if isinstance(document.value, dict) else None
+        if given is None:
+            return {}
+        if not isinstance(given.value, dict):
+            self._problem(given.line, "defaults: expected commands with options, as in `train: {batch_size: 512}`")
+            return {}
+        for command, options in given.value.items():
+            line = given.key_lines[command]
+            if command not in COMMANDS:
+                self._problem(line, f"defaults: unknown command {command!r}{_nearest(command, COMMANDS)}")
+            elif not isinstance(options.value, dict):
+                self._problem(line, f"the options of {command} are not a mapping, as in `{{batch_size: 512}}`")
+            else:
+                self._check_keys(command, COMMANDS[command], options)
+                if "name" in options.key_lines:
+                    self._problem(options.key_lines["name"], "defaults: a name belongs to one stage")
+        return {command: options for command, options in given.value.items() if isinstance(options.value, dict)}
 
     def add_stage(self, entry: _Entry) -> None:
         """Checks one entry; what it makes counts as made for later ones even if its options are wrong."""
@@ -97,11 +121,7 @@ class _Reader:
             return
         before = len(self.problems)
         values: dict[str, Any] = plain(entry.body) or {}
-        inputs = [key for key in (spec.input_key, spec.store_key) if key is not None]
-        known = ["name", *inputs, *(key for key in spec.options.model_fields if key != "name")]
-        for key in values:
-            if key not in known:
-                self._problem(entry.body.key_lines[key], f"{entry.command} has no option {key!r}{_nearest(key, known)}")
+        self._check_keys(entry.command, spec, entry.body)
         name = self._name(entry, values)
         options = self._options(entry, spec, values, name)
         reads = self._reads(entry, spec, values)
@@ -113,6 +133,13 @@ class _Reader:
         self._number += 1
         if name is not None:
             self._named.setdefault(spec.makes, set()).add(name)
+
+    def _check_keys(self, command: str, spec: CommandSpec, body: Located) -> None:
+        inputs = [key for key in (spec.input_key, spec.store_key) if key is not None]
+        known = ["name", *inputs, *(key for key in spec.options.model_fields if key != "name")]
+        for key, line in body.key_lines.items():
+            if key not in known:
+                self._problem(line, f"{command} has no option {key!r}{_nearest(key, known)}")
 
     def _name(self, entry: _Entry, values: dict[str, Any]) -> str | None:
         name = values.get("name")
@@ -176,6 +203,8 @@ class _Reader:
                 line, f"{spec.input_key}: {entry.command} reads one, not {len(listed)}; write a stage for each"
             )
             return []
+        if spec.from_elsewhere:
+            return [self._from_elsewhere(str(item), spec.reads, spec.input_key, line) for item in listed]
         return [self._reference(str(item), spec.reads, spec.input_key, line) for item in listed]
 
     def _store(self, entry: _Entry, spec: CommandSpec, values: dict[str, Any]) -> str | None:
@@ -206,6 +235,14 @@ class _Reader:
             self._problem(line, f"{key}: {error}")
         return reference
 
+    def _from_elsewhere(self, reference: str, kind: Kind, key: str, line: int) -> str:
+        """As `_reference`, or another library's: a path, from the file's folder, or a hub id ``org/repo[:folder]``."""
+        path = Path(self._from_the_file(reference))
+        named = reference.partition("/")[0] in self._named.get(kind, set())
+        if named or self.workspace.folder(kind, reference).is_dir() or not (path.is_dir() or "/" in reference):
+            return self._reference(reference, kind, key, line)
+        return str(path) if path.is_dir() else reference
+
     def _from_the_file(self, value: str) -> str:
         """A relative path that is meant from the file's folder, wherever the command is run; else the value itself."""
         if value.startswith(("./", "../")) or (value and (self.path.parent / value).exists()):
@@ -213,7 +250,15 @@ class _Reader:
         return value
 
     def _problem(self, line: int, text: str) -> None:
-        self.problems.append((line, text))
+        if (line, text) not in self.problems:  # a default is looked at again with every stage
+            self.problems.append((line, text))
+
+
+def _with_defaults(body: Located, defaults: Located | None) -> Located:
+    """The options of a stage, and those defaults that it does not set."""
+    if defaults is None or not isinstance(body.value, dict | None):
+        return body
+    return Located(defaults.value | (body.value or {}), body.line, defaults.key_lines | body.key_lines)
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

@@ -9,12 +9,19 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from nsae_cli.analysis.audit_artifact import run_audits
+from nsae_cli.analysis.audit_options import AuditOptions
+from nsae_cli.analysis.comparison import CompareOptions
+from nsae_cli.analysis.comparison_artifact import run_compare
+from nsae_cli.analysis.eval import run_eval
+from nsae_cli.analysis.eval_text import EvalOptions
 from nsae_cli.analysis.norms_artifact import NormsOptions, run_norms
 from nsae_cli.analysis.top_norms_artifact import TopNormsOptions, run_top_norms
 from nsae_cli.experiment.train import TrainCommandOptions, choose_source
 from nsae_cli.lm.collect import collect
 from nsae_cli.lm.config import CollectConfig
 from nsae_cli.reporter import Reporter
+from nsae_cli.store.alter import AlterOptions, alter_store
 from nsae_cli.store.shards import ActivationStore, open_activations
 from nsae_cli.store.workspace import Artifact, Kind, Workspace
 from nsae_cli.training.loop import train
@@ -42,7 +49,7 @@ class Stage:
         reads: what it reads: names in the workspace, paths, or the number of the stage whose result it reads; empty
             where the command takes no input.
         name: of its result, or None for the default.
-        activations: for analyze-top-norms, the store to measure on, or None.
+        activations: for analyze-top-norms and eval, the store to measure on, or None.
     """
 
     command: str
@@ -71,6 +78,7 @@ class CommandSpec:
         several_inputs: whether it can read more than one.
         store_key: a second key that names a store to measure on.
         instead_of_input: an option that takes the input's place.
+        from_elsewhere: whether an input may also be a folder or a hub id of another library's.
     """
 
     options: type[BaseModel]
@@ -81,6 +89,7 @@ class CommandSpec:
     several_inputs: bool = False
     store_key: str | None = None
     instead_of_input: str | None = None
+    from_elsewhere: bool = False
 
 
 def _collect(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:
@@ -98,6 +107,11 @@ def _norms(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Repo
     return StageResult("norms", [result.artifact], [result.document], result.figures, result.already_complete)
 
 
+def _alter(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:
+    result = alter_store(_store(inputs[0], workspace), stage.options, workspace, stage.name, reporter)
+    return StageResult("alter", [result.artifact], [result.manifest.model_dump()], [], result.already_complete)
+
+
 def _train(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:
     store = None if stage.options.from_model else workspace.find(Kind.ACTIVATIONS, inputs[0])[0]
     source = choose_source(stage.options, store)
@@ -112,13 +126,50 @@ def _analyze(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Re
     return StageResult("analyze-top-norms", artifacts, documents, analysis.figures, analysis.already_complete)
 
 
+def _audit(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:
+    options = stage.options.model_copy(update={"activations": stage.activations})
+    results = run_audits(inputs, options, workspace, stage.name, reporter)
+    return StageResult(
+        "audit",
+        [result.artifact for result in results],
+        [result.document for result in results],
+        [],
+        all(result.already_complete for result in results),
+    )
+
+
+def _eval(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:
+    made = run_eval(inputs, stage.activations, stage.options, workspace, stage.name, reporter)
+    artifacts = [result.artifact for result in made.results]
+    documents = [result.document for result in made.results]
+    return StageResult("eval", artifacts, documents, [], made.already_complete)
+
+
+def _compare(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:
+    result = run_compare(inputs, stage.options, workspace, stage.name, reporter)
+    return StageResult("compare", [result.artifact], [result.document], result.figures, result.already_complete)
+
+
 COMMANDS: dict[str, CommandSpec] = {
     "collect": CommandSpec(CollectConfig, Kind.ACTIVATIONS, None, None, _collect),
     "norms": CommandSpec(NormsOptions, Kind.NORMS, "activations", Kind.ACTIVATIONS, _norms),
+    "alter": CommandSpec(AlterOptions, Kind.ACTIVATIONS, "activations", Kind.ACTIVATIONS, _alter),
     "train": CommandSpec(
         TrainCommandOptions, Kind.SAE, "activations", Kind.ACTIVATIONS, _train, instead_of_input="from_model"
     ),
     "analyze-top-norms": CommandSpec(
         TopNormsOptions, Kind.TOP_NORMS, "saes", Kind.SAE, _analyze, several_inputs=True, store_key="activations"
     ),
+    "audit": CommandSpec(
+        AuditOptions,
+        Kind.AUDIT,
+        "saes",
+        Kind.SAE,
+        _audit,
+        several_inputs=True,
+        store_key="activations",
+        from_elsewhere=True,
+    ),
+    "eval": CommandSpec(EvalOptions, Kind.EVAL, "saes", Kind.SAE, _eval, several_inputs=True, store_key="activations"),
+    "compare": CommandSpec(CompareOptions, Kind.TABLE, "saes", Kind.SAE, _compare, several_inputs=True),
 }

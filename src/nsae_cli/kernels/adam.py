@@ -15,6 +15,10 @@ _SWEEP_STEPS = 100
 _NOTHING = 1e-30
 
 
+#: Decay rates of the moments.
+BETAS = (0.9, 0.999)
+
+
 class Adam:
     """State and step of Adam, without weight decay: the numbers of `torch.optim.Adam(…, fused=True)`.
 
@@ -27,7 +31,7 @@ class Adam:
         eps: added to the root of the second moment.
     """
 
-    def __init__(self, weights: Weights, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+    def __init__(self, weights: Weights, betas: tuple[float, float] = BETAS, eps: float = 1e-8) -> None:
         self._weights = weights
         self._betas, self._eps = betas, eps
         self._fused = weights.b_enc.device.type in _FUSED_ON
@@ -90,6 +94,16 @@ class Adam:
             for moment in self._moments.values():
                 for tensor in moment.tensors():
                     torch.hardshrink(tensor, _NOTHING, out=tensor)
+
+    @torch.no_grad()
+    def forget(self, features: torch.Tensor) -> None:
+        """Moments of 0 for all that belongs to these features, int64 [K]. The number of steps stays everybody's."""
+        for moment in self.moments():
+            moment.W_enc.index_fill_(1, features, 0)
+            moment.W_dec.index_fill_(0, features, 0)
+            for per_feature in (moment.b_enc, moment.log_threshold):
+                if per_feature is not None:
+                    per_feature.index_fill_(0, features, 0)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Moments and number of steps, by name; the tensors themselves, in the order of their memory."""

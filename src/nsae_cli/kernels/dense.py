@@ -13,7 +13,8 @@ import torch
 from nsae_cli.kernels import scratch
 from nsae_cli.kernels.adam import Adam
 from nsae_cli.kernels.dense_selection import make_selection
-from nsae_cli.kernels.types import Activation, Penalty, StepResult, Weights
+from nsae_cli.kernels.distance import SQUARED_ERROR
+from nsae_cli.kernels.types import Activation, Distance, Penalty, RowGradients, StepResult, Weights
 from nsae_cli.kernels.update import GradientBuffer
 
 #: Rows per block are chosen so that one [rows, F] float32 buffer takes at most this many bytes.
@@ -58,6 +59,32 @@ class DenseGradients:
         raise NotImplementedError
 
 
+def _row_gradients(
+    acts: torch.Tensor,
+    pulled: torch.Tensor,
+    along: torch.Tensor,
+    norm_pull: torch.Tensor | None,
+    norms: torch.Tensor | None,
+) -> RowGradients:
+    """See `RowGradients`; `delta_sq` is still to come.
+
+    Args:
+        acts: f [rows, F].
+        pulled: g [rows, d].
+        along: f_j·(g·d_j) [rows, F].
+        norm_pull: a_j [rows, F], or None.
+        norms: ‖d_j‖ [F], where `norm_pull` is given.
+    """
+    dot = torch.linalg.vecdot
+    found = RowGradients(
+        delta_sq=pulled.new_empty(0), acts_sq=dot(acts, acts), pull_sq=dot(pulled, pulled), along_sq=dot(along, along)
+    )
+    if norm_pull is not None and norms is not None:
+        norm_pull = norm_pull.masked_fill(norms == 0, 0)
+        found.norm_sq, found.norm_cross = dot(norm_pull, norm_pull), dot(norm_pull, along / norms.clamp_min(1e-30))
+    return found
+
+
 class DenseStep:
     """Callable with `reference.step_gradients`' signature, from any thread; a thread's steps share buffers (`scratch`).
 
@@ -87,11 +114,15 @@ class DenseStep:
         error_weight: torch.Tensor,
         sparsity_weight: torch.Tensor,
         noise: torch.Tensor | None = None,
+        distance: Distance = SQUARED_ERROR,
+        row_gradients: bool = False,
     ) -> DenseGradients:
         """The step's loss terms, and its gradients in the buffer.
 
         Args:
-            x, weights, activation, penalty, error_weight, sparsity_weight, noise: see `reference.step_gradients`.
+            x, weights, activation, penalty, error_weight, sparsity_weight, noise, distance: see
+                `reference.step_gradients`.
+            row_gradients: whether the result is to have them.
         """
         result = self(
             x,
@@ -102,6 +133,8 @@ class DenseStep:
             error_weight=error_weight,
             sparsity_weight=sparsity_weight,
             noise=noise,
+            distance=distance,
+            row_gradients=row_gradients,
         )
         return DenseGradients(result, into.get())
 
@@ -117,8 +150,10 @@ class DenseStep:
         error_weight: torch.Tensor,
         sparsity_weight: torch.Tensor,
         noise: torch.Tensor | None = None,
+        distance: Distance = SQUARED_ERROR,
+        row_gradients: bool = False,
     ) -> StepResult:
-        """See `reference.step_gradients`."""
+        """See `reference.step_gradients`; `row_gradients` says whether the result is to have them."""
         rows, d_sae = x.shape[0], weights.b_enc.shape[0]
         norms = torch.linalg.vector_norm(weights.W_dec, dim=1) if penalty.uses_decoder_norms else None
         norm_gradient = torch.zeros_like(weights.b_enc) if norms is not None else None
@@ -141,12 +176,14 @@ class DenseStep:
         result = StepResult(
             error=torch.empty_like(x),
             sq_error=x.new_empty(rows),
+            distance=x.new_empty(rows),
             penalty=x.new_empty(rows),
             l0=x.new_empty(rows),
             l1=x.new_empty(rows),
             fired=torch.zeros(d_sae, dtype=torch.bool, device=x.device),
             least_act=selection.least_act(acts[:0]),
         )
+        of_rows: list[RowGradients] = []
         for part in blocks:
             x_part, error = x[part], result.error[part]
             if not selection.two_passes or len(blocks) > 1:  # one block's are there still
@@ -156,20 +193,24 @@ class DenseStep:
             activation.value_(acts)
             result.least_act = selection.least_act(acts)
             self._product(error, acts, W_dec, weights.b_dec)
-            error -= x_part
+            measured = distance.measure_(x_part, error)  # until here it is x̂
+            result.distance[part] = measured.value
             result.sq_error[part] = torch.linalg.vecdot(error, error)
             result.l1[part] = acts.sum(dim=1)
             result.penalty[part] = penalty.row_sums(acts, norms)
             result.l0[part] = torch.sign(acts, out=delta).sum(dim=1)
             result.fired |= acts.sum(dim=0) > 0  # acts are not negative
 
-            pulled = error * (2 * error_weight[part])[:, None]
+            pulled = measured.slope * (measured.factor * error_weight[part])[:, None]
             gradients.b_dec.add_(pulled.sum(dim=0))
             self._accumulate(gradients.W_dec, acts, pulled, first=part.start == 0)
 
             self._product(delta, pulled, W_dec.t())
             pull = sparsity_weight[part]
             act_slope, norm_slope = penalty.slopes(acts, norms)
+            if row_gradients:
+                norm_pull = pull[:, None] * norm_slope if isinstance(norm_slope, torch.Tensor) else None
+                of_rows.append(_row_gradients(acts, pulled, acts * delta, norm_pull, norms))
             if isinstance(act_slope, torch.Tensor):
                 delta.addcmul_(act_slope.expand_as(delta), pull[:, None])
             else:
@@ -178,12 +219,16 @@ class DenseStep:
                 norm_gradient.add_(pull @ norm_slope.expand_as(delta))
             selection.learn(delta, pull)
             activation.scale_by_derivative_(delta, acts)
+            if row_gradients:
+                of_rows[-1].delta_sq = torch.linalg.vecdot(delta, delta)
             gradients.b_enc.add_(delta.sum(dim=0))
             self._accumulate(gradients.W_enc, x_part, delta, first=part.start == 0)
         if norms is not None and norm_gradient is not None:
             # ∂‖d_i‖/∂d_i = d_i/‖d_i‖; a zero row has no direction and torch's own norm gives it gradient 0.
             gradients.W_dec.addcmul_(weights.W_dec, (norm_gradient / norms.clamp_min(1e-30))[:, None])
         selection.write(gradients, penalty.jump)
+        if row_gradients:
+            result.row_gradients = RowGradients.cat(of_rows, x.new_empty(0))
         return result
 
     def _blocks(self, rows: int, d_sae: int, x: torch.Tensor) -> list[slice]:

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from nsae_cli.kernels.types import Activation, Penalty, Selection, StepResult, Weights
+from nsae_cli.kernels.distance import SQUARED_ERROR
+from nsae_cli.kernels.types import Activation, Distance, Penalty, Selection, StepResult, Weights
 
 
 def step_gradients(
@@ -19,8 +20,9 @@ def step_gradients(
     error_weight: torch.Tensor,
     sparsity_weight: torch.Tensor,
     noise: torch.Tensor | None = None,
+    distance: Distance = SQUARED_ERROR,
 ) -> StepResult:
-    """Loss terms and gradients of L = Σ_rows [error_weight·‖x̂ − x‖² + sparsity_weight·S(acts)].
+    """Loss terms and gradients of L = Σ_rows [error_weight·D(x, x̂) + sparsity_weight·S(acts)], D = ‖x̂ − x‖² mostly.
 
     pre_acts = x @ W_enc + b_enc + noise, acts = act(pre_acts), x̂ = acts @ W_dec + b_dec.
 
@@ -33,6 +35,7 @@ def step_gradients(
         error_weight: [B], the mean over rows already in it (w/B).
         sparsity_weight: [B], likewise (β·v/B).
         noise: added to the pre-activations [B, F], or None.
+        distance: D.
     """
     selection = activation.selection
     with torch.enable_grad():
@@ -54,18 +57,20 @@ def step_gradients(
         else:
             acts = activation.value(torch.where(_selected(pre_acts.detach(), selection), pre_acts, 0.0))
         x_hat = acts @ leaves.W_dec + leaves.b_dec
-        sq_error = (x_hat - x).square().sum(dim=1)
+        distances = distance.value(x, x_hat)
         norms = torch.linalg.vector_norm(leaves.W_dec, dim=1) if penalty.uses_decoder_norms else None
         penalties = penalty.value(acts, norms).sum(dim=1) + jumps
-        loss = (error_weight * sq_error + sparsity_weight * penalties).sum()
+        loss = (error_weight * distances + sparsity_weight * penalties).sum()
         loss.backward()
     for target, leaf in zip(gradients.tensors(), leaves.tensors(), strict=True):
         target.copy_(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
     acts = acts.detach()
     positive = acts[acts > 0]
+    error = (x_hat - x).detach()
     return StepResult(
-        error=(x_hat - x).detach(),
-        sq_error=sq_error.detach(),
+        error=error,
+        sq_error=error.square().sum(dim=1),
+        distance=distances.detach(),
         penalty=penalties.detach(),
         l0=(acts > 0).sum(dim=1).to(x.dtype),
         l1=acts.sum(dim=1),

@@ -6,7 +6,9 @@ of the step before: a dense step costs the same whatever is active, a sparse one
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,13 +17,14 @@ import torch
 from nsae_cli.errors import UsageError
 from nsae_cli.kernels import calibration, certified
 from nsae_cli.kernels.dense import DenseStep
+from nsae_cli.kernels.distance import SQUARED_ERROR
 from nsae_cli.kernels.entries import SparseOps, TooManyEntriesError
 from nsae_cli.kernels.native import library
 from nsae_cli.kernels.native_ops import NativeOps
 from nsae_cli.kernels.options import KernelOption, PrecisionOption
 from nsae_cli.kernels.sparse import SparseStep
 from nsae_cli.kernels.torch_ops import TorchOps
-from nsae_cli.kernels.types import Activation, Weights
+from nsae_cli.kernels.types import Activation, Distance, StepResult, Weights
 from nsae_cli.kernels.update import GradientBuffer, Gradients
 
 SparseKind = Literal["native", "torch", "triton"]
@@ -56,8 +59,11 @@ class Choice:
     dense: bool
     dense_dtype: torch.dtype | None
 
-    def make(self, d_in: int, d_sae: int, activation: Activation) -> AdaptiveKernel:
+    def make(self, d_in: int, d_sae: int, activation: Activation, distance: Distance = SQUARED_ERROR) -> AdaptiveKernel:
         """The kernel of one SAE: it keeps what it knows of the SAE's weights and density."""
+        if self.sparse is not None and not _steps_sparsely(distance):
+            assert self.dense, "`choose` was not told of this distance"
+            return dataclasses.replace(self, sparse=None).make(d_in, d_sae, activation, distance)
         sparse = None if self.sparse is None else SparseStep(self._ops())
         dense = DenseStep(self.dense_dtype) if self.dense else None
         crossover = calibration.crossover(self.kind, self.device, d_in, d_sae) if sparse and dense else None
@@ -87,7 +93,17 @@ class Choice:
         return self.sparse or "none"
 
 
-def choose(kernel: KernelOption, precision: PrecisionOption, device: torch.device) -> Choice:
+def _steps_sparsely(distance: Distance) -> bool:
+    """Whether sparse steps cover a loss: their passes form x̂ − x and its products with decoder rows, nothing else."""
+    return distance == SQUARED_ERROR
+
+
+def choose(
+    kernel: KernelOption,
+    precision: PrecisionOption,
+    device: torch.device,
+    distances: Collection[Distance] = (SQUARED_ERROR,),
+) -> Choice:
     """What a run on this device steps with.
 
     Args:
@@ -97,10 +113,27 @@ def choose(kernel: KernelOption, precision: PrecisionOption, device: torch.devic
             bfloat16 and the compiled loops are there.
         device: where the training runs. On CUDA the dense step multiplies in bfloat16 with float32 master weights,
             or in float32 if `precision` says so; the sparse step is Triton's.
+        distances: of the losses of the run's SAEs. Those that sparse steps do not cover are stepped densely.
 
     Raises:
         UsageError: the sparse step or the certified encoder is asked for where it is not there.
     """
+    dense_only = [distance for distance in distances if not _steps_sparsely(distance)]
+    if not dense_only:
+        return _choose(kernel, precision, device)
+    name = dense_only[0].name
+    all_dense = len(dense_only) == len(distances)
+    if kernel == "sparse" or (precision == "certified" and all_dense):
+        option = "--kernel sparse" if kernel == "sparse" else "--precision certified"
+        raise UsageError(f"{option}: sparse steps have the squared error only, no {name}; leave {option} out")
+    choice = _choose("dense" if all_dense else kernel, precision, device)
+    if choice.sparse is not None:
+        return dataclasses.replace(choice, reason=f"{choice.reason}; {name}: always dense")
+    why = "asked for" if kernel == "dense" else f"sparse steps have the squared error only, no {name}"
+    return dataclasses.replace(choice, reason=choice.reason.replace("asked for", why)) if all_dense else choice
+
+
+def _choose(kernel: KernelOption, precision: PrecisionOption, device: torch.device) -> Choice:
     if kernel == "dense" and precision == "certified":
         raise UsageError("--kernel dense with --precision certified: only sparse steps have a certified encoder")
     if device.type == "cuda":
@@ -219,6 +252,19 @@ class AdaptiveKernel:
                 self._use_sparse = True
                 into.release()
         return gradients
+
+    def gradients(self, x: torch.Tensor, weights: Weights, gradients: Weights, **arguments: Any) -> StepResult:
+        """Loss terms and gradients of other rows, by the kernel that is next; what the steps go by stays as it is.
+
+        Args:
+            x, weights, gradients, arguments: see `reference.step_gradients`.
+        """
+        try:
+            return self._current()(x, weights, gradients, **arguments)
+        except TooManyEntriesError:
+            if self._dense is None:
+                raise
+            return self._dense(x, weights, gradients, **arguments)
 
     def state(self) -> dict[str, torch.Tensor]:
         """What the next step's choice depends on, for a checkpoint: a resumed run goes on with the same kernel."""

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 import torch
 
 from nsae_cli.kernels.adam import Adam
+from nsae_cli.kernels.distance import SQUARED_ERROR
 from nsae_cli.kernels.entries import Columns, Entries, SparseOps, UpdatingOps
 from nsae_cli.kernels.jump import in_band_, threshold_gradient_of_entries
-from nsae_cli.kernels.types import Activation, Penalty, StepResult, Weights
+from nsae_cli.kernels.types import Activation, Distance, Penalty, RowGradients, StepResult, Weights
 from nsae_cli.kernels.update import GradientBuffer
 
 #: How often batch-top-k guesses a threshold before it looks at everything that is positive.
@@ -56,6 +57,7 @@ class SparseStep:
         error_weight: torch.Tensor,
         sparsity_weight: torch.Tensor,
         noise: torch.Tensor | None = None,
+        distance: Distance = SQUARED_ERROR,
     ) -> StepResult:
         """See `reference.step_gradients`."""
         backward = self.backward(
@@ -67,6 +69,7 @@ class SparseStep:
             error_weight=error_weight,
             sparsity_weight=sparsity_weight,
             noise=noise,
+            distance=distance,
         )
         backward.write(gradients)
         return backward.result
@@ -83,13 +86,18 @@ class SparseStep:
         error_weight: torch.Tensor,
         sparsity_weight: torch.Tensor,
         noise: torch.Tensor | None = None,
+        distance: Distance = SQUARED_ERROR,
+        row_gradients: bool = False,
     ) -> SparseGradients:
         """The step's loss terms, and its gradients in a form that `full` or `update` finishes.
 
         Args:
             into: taken by `full` only.
             x, weights, activation, penalty, error_weight, sparsity_weight, noise: see `reference.step_gradients`.
+            distance: the squared error; no other is covered.
+            row_gradients: whether the result is to have them.
         """
+        assert distance == SQUARED_ERROR
         ops, selection = self._ops, activation.selection
         entries, band = self._entries(x, weights, activation, noise)
         acts = activation.value_(entries.pre_acts.clone())
@@ -131,12 +139,26 @@ class SparseStep:
         result = StepResult(
             error=error,
             sq_error=sq_error,
+            distance=sq_error,
             penalty=l1 if penalties is acts else ops.row_sums(entries, penalties),
             l0=l0,
             l1=l1,
             fired=fired,
             least_act=torch.cat([acts, acts.new_tensor([torch.inf])]).min() if selection.over == "batch" else None,
         )
+        if row_gradients:
+            pulled = acts * row_pull * dots
+            result.row_gradients = RowGradients(
+                delta_sq=ops.row_sums(entries, delta.square()),
+                acts_sq=ops.row_sums(entries, acts.square()),
+                pull_sq=error_pull.square() * sq_error,
+                along_sq=ops.row_sums(entries, pulled.square()),
+            )
+            if norms_here is not None:
+                norm_pull = (row_sparsity * norm_slope).masked_fill_(norms_here == 0, 0)
+                result.row_gradients.norm_sq = ops.row_sums(entries, norm_pull.square())
+                cross = norm_pull * pulled / norms_here.clamp_min(1e-30)
+                result.row_gradients.norm_cross = ops.row_sums(entries, cross)
         return SparseGradients(
             ops=ops,
             result=result,

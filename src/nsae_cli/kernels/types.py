@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
@@ -118,6 +118,79 @@ class Penalty(Protocol):
         """∂φ/∂f and ∂φ/∂ν at (acts, decoder_norms), each a number or broadcastable to [B, F]."""
 
 
+class Measured(NamedTuple):
+    """A batch's distances and their gradient, ∂D/∂x̂ = factor·slope.
+
+    Attributes:
+        value: D [B]
+        slope: [B, d]
+        factor: one for all rows, or [B]
+    """
+
+    value: torch.Tensor
+    slope: torch.Tensor
+    factor: torch.Tensor | float
+
+
+class Distance(Protocol):
+    """The error D of a row, which the loss weighs with the error weight."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def degree(self) -> int:
+        """Its power of s where x and x̂ are both multiplied with s."""
+
+    def value(self, x: torch.Tensor, x_hat: torch.Tensor) -> torch.Tensor:
+        """D [B] of x and x̂ [B, d], differentiable in x̂."""
+
+    def measure_(self, x: torch.Tensor, x_hat: torch.Tensor) -> Measured:
+        """D and its gradient; turns x̂ into x̂ − x in place."""
+
+
+@dataclass
+class RowGradients:
+    """Sums from which the norm of each row's own part of ∂L/∂W_enc and ∂L/∂W_dec follows, without those parts.
+
+    With δ = ∂L/∂pre_acts and g = ∂L/∂x̂ of a row, a_j = sparsity_weight·∂φ/∂ν_j: its part of ∂W_enc is x ⊗ δ, row j of
+    its part of ∂W_dec is f_j·g + a_j·d_j/‖d_j‖ (before the projection of a unit decoder).
+
+    Attributes:
+        delta_sq: Σ_j δ_j² [B]
+        acts_sq: Σ_j f_j² [B]
+        pull_sq: ‖g‖² [B]
+        along_sq: Σ_j f_j²·(g·d_j)² [B]
+        norm_sq: Σ_j a_j² [B]; None for penalties without decoder norms
+        norm_cross: Σ_j f_j·a_j·(g·d_j)/‖d_j‖ [B]; None likewise
+    """
+
+    delta_sq: torch.Tensor
+    acts_sq: torch.Tensor
+    pull_sq: torch.Tensor
+    along_sq: torch.Tensor
+    norm_sq: torch.Tensor | None = None
+    norm_cross: torch.Tensor | None = None
+
+    @staticmethod
+    def cat(parts: list[RowGradients], nothing: torch.Tensor) -> RowGradients:
+        """Those of rows one after the other; `nothing` [0] stands for each sum where there are no rows."""
+        of_rows = parts or [RowGradients(nothing, nothing, nothing, nothing)]
+
+        def join(values: list[torch.Tensor | None]) -> torch.Tensor | None:
+            found = [value for value in values if value is not None]
+            return torch.cat(found) if found else None
+
+        return RowGradients(
+            torch.cat([part.delta_sq for part in of_rows]),
+            torch.cat([part.acts_sq for part in of_rows]),
+            torch.cat([part.pull_sq for part in of_rows]),
+            torch.cat([part.along_sq for part in of_rows]),
+            join([part.norm_sq for part in of_rows]),
+            join([part.norm_cross for part in of_rows]),
+        )
+
+
 @dataclass
 class StepResult:
     """What a kernel returns beside the gradients.
@@ -125,18 +198,22 @@ class StepResult:
     Attributes:
         error: x̂ − x [B, d] (float32 or wider)
         sq_error: ‖x̂ − x‖² per row [B]
+        distance: D per row [B]: what the loss weighs; ‖x̂ − x‖² unless it has another distance
         penalty: S per row [B]
         l0: number of positive acts per row [B], float
         l1: Σ_i f_i per row [B]
         fired: whether each feature was positive in any row [F], bool
         least_act: the smallest positive act of the batch (∞ if there is none), a scalar; None unless the activation
             selects over the batch.
+        row_gradients: sums for the gradient norms of rows; None unless they were asked for.
     """
 
     error: torch.Tensor
     sq_error: torch.Tensor
+    distance: torch.Tensor
     penalty: torch.Tensor
     l0: torch.Tensor
     l1: torch.Tensor
     fired: torch.Tensor
     least_act: torch.Tensor | None = None
+    row_gradients: RowGradients | None = None

@@ -172,7 +172,7 @@ class Harvester:
                 hook = hook_name(layer, self._spec.site)
                 vectors[hook] = kept_rows if self._spec.on_device else self._to_cpu(kept_rows)
 
-        with _memory_errors(self._device):
+        with memory_errors(self._device):
             self._reader.run(token_ids.to(self._device, non_blocking=True), take)
             norms_on_cpu, largest_on_cpu = (self._to_cpu(torch.stack(columns, dim=1)) for columns in (norms, largest))
         copied = torch.cuda.Event() if self._device.type == "cuda" else None
@@ -252,7 +252,12 @@ def _pad(contexts: Sequence[Context]) -> tuple[Tensor, Tensor | None]:
 
 
 @contextlib.contextmanager
-def _memory_errors(device: torch.device) -> Iterator[None]:
+def memory_errors(device: torch.device) -> Iterator[None]:
+    """Turns what torch raises when memory runs out into a sentence with a remedy.
+
+    Raises:
+        ResourceError: out of memory.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

@@ -39,7 +39,9 @@ def looks_like_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None
 
 
-def ask_hub(kind: Literal["model", "dataset"], name: str, revision: str | None, remedy: str) -> HubRepository:
+def ask_hub(
+    kind: Literal["model", "dataset"], name: str, revision: str | None, remedy: str, option: str | None = None
+) -> HubRepository:
     """Asks the hub for a model or data set.
 
     Args:
@@ -47,11 +49,12 @@ def ask_hub(kind: Literal["model", "dataset"], name: str, revision: str | None, 
         name: hub id.
         revision: branch, tag or commit; None for the default branch.
         remedy: what to type instead, for messages.
+        option: how messages call what was asked for; None for the option that names such a repository.
 
     Raises:
         ResourceError: the hub answered that there is no such repository or revision, or that access is restricted.
     """
-    option = "--model" if kind == "model" else "--corpus"
+    option = option or ("--model" if kind == "model" else "--corpus")
     try:
         api = HfApi()
         ask = api.model_info if kind == "model" else api.dataset_info

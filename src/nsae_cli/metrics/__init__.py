@@ -25,7 +25,7 @@ Where a number lives
     sinks           which rows are sinks, and where the three rules disagree
     reconstruction  l0, l1, mse, fvu, explained variance, ρ and its parts, γ, shares of the loss
     features        density, dead features, sink features, norm detectors
-    norm_bias       esf, alpha_eff, nbi, measured exponents, grad_share, G_b
+    norm_bias       esf, alpha_eff, nbi, nbi_rel, measured exponents, grad_share, G_b, adam_sink_share
     training_batch  the cheap subset that is logged while training
     deadness        features silent over the last training tokens
 """

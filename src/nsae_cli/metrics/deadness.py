@@ -33,6 +33,10 @@ class FiredWindow:
         self._seen += tokens
         self._last_fired.masked_fill_(fired, self._seen)
 
+    def revive(self, features: Tensor) -> None:
+        """Takes these features, int64 [K], as having fired in the newest batch: they were given new weights."""
+        self._last_fired.index_fill_(0, features, self._seen)
+
     def dead(self) -> Tensor:
         """Features silent over the last min(window, seen) tokens: bool [d_sae]."""
         return self._seen - self._last_fired >= min(self.window_tokens, self._seen)

@@ -14,7 +14,7 @@ Symbols as in the room's glossary. Σ and "mean" run over the rows of a scope, u
     cosine              mean c
     norm_ratio          Σ‖x_hat‖ / Σ‖x‖, a ratio of sums
     shrinkage           γ = Σ‖x_hat‖² / Σ x_hat·x, 1 if unbiased; undefined where Σ x_hat·x ≤ 0
-    loss_share          Σ n^(−p)‖e‖² ÷ the same over all
+    loss_share          Σ n^(−p)‖e‖² ÷ the same over all; of another error term (2(1 − c) of cosine): its sums
     l1_share            Σ n^(−q) S(f) ÷ the same over all
     bias_ratio          loss_share ÷ the scope's share of the rows; 1 if every row counts alike
 
@@ -50,6 +50,7 @@ _QUANTITIES = (
     "x_hat_sq",
     "dot",
     "legacy_ratio",
+    "error_term",
     *(f"weight_{p}" for p in L2_POWERS),
     *(f"x_sq_{p}" for p in L2_POWERS),
     *(f"error_sq_{p}" for p in L2_POWERS),
@@ -72,9 +73,18 @@ class ReconstructionAccumulator:
         self._mean_all = mean_all
         self._sums = torch.zeros(N_GROUPS, len(_QUANTITIES), dtype=torch.float64)
         self._weighted_x = torch.zeros(len(L2_POWERS), N_GROUPS, d_in, dtype=torch.float64)
+        self._has_error_terms = False
 
     def update(
-        self, x: Tensor, x_hat: Tensor, norm: Tensor, group: Tensor, l0: Tensor, l1: Tensor, penalty: Tensor
+        self,
+        x: Tensor,
+        x_hat: Tensor,
+        norm: Tensor,
+        group: Tensor,
+        l0: Tensor,
+        l1: Tensor,
+        penalty: Tensor,
+        error_term: Tensor | None = None,
     ) -> None:
         """Adds rows. Callers leave zero rows out; a row of norm 0 that is given all the same counts nowhere.
 
@@ -86,13 +96,16 @@ class ReconstructionAccumulator:
             l0: count of f > 0, [B].
             l1: Σ_i f_i, [B].
             penalty: S(f), [B]: the sparsity term without α or β and without a power of n.
+            error_term: what the loss charges for the row's error, [B]; None for n^(−p)‖e‖². With all rows or with none.
         """
+        self._has_error_terms = error_term is not None
+        error_term = torch.zeros_like(norm) if error_term is None else error_term
         x, x_hat, norm = x.double(), x_hat.double(), norm.double()
         x_sq = _dot(x, x)
         live = (x_sq > 0) & (norm > 0)
         if not bool(live.all()):
             x, x_hat, norm, x_sq, group = x[live], x_hat[live], norm[live], x_sq[live], group[live]
-            l0, l1, penalty = l0[live], l1[live], penalty[live]
+            l0, l1, penalty, error_term = l0[live], l1[live], penalty[live], error_term[live]
 
         error = x_hat - x
         error_sq, x_hat_sq, dot = _dot(error, error), _dot(x_hat, x_hat), _dot(x, x_hat)
@@ -112,6 +125,7 @@ class ReconstructionAccumulator:
             "x_hat_sq": x_hat_sq,
             "dot": dot,
             "legacy_ratio": self._legacy_ratio(x, error_sq),
+            "error_term": error_term,
             **{f"weight_{p}": weights[p] for p in L2_POWERS},
             **{f"x_sq_{p}": weights[p] * x_sq for p in L2_POWERS},
             **{f"error_sq_{p}": weights[p] * error_sq for p in L2_POWERS},
@@ -128,6 +142,7 @@ class ReconstructionAccumulator:
         """Adds the rows that another accumulator of the same d_in and mean_all has seen."""
         self._sums += other._sums
         self._weighted_x += other._weighted_x
+        self._has_error_terms |= other._has_error_terms
 
     def compute(self, l2_power: int, l1_power: int) -> Scoped[dict[str, Any]]:
         """Every number of this module, and `tokens` (the rows counted), in each scope.
@@ -144,7 +159,8 @@ class ReconstructionAccumulator:
         total = self._totals(groups)
         overall = self._totals(ALL)
         rows = total["rows"]
-        loss_share = ratio(total[f"error_sq_{l2_power}"], overall[f"error_sq_{l2_power}"]) if rows else None
+        term = "error_term" if self._has_error_terms else f"error_sq_{l2_power}"
+        loss_share = ratio(total[term], overall[term]) if rows else None
         fvu = [self._variance_share(groups, p, self._mean(NON_SINKS, p)) for p in L2_POWERS]
         saelens_fvu = self._variance_share(groups, 0, self._mean(ALL, 0))
         return {

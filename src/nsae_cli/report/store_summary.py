@@ -1,4 +1,4 @@
-"""What `nsae collect` says about a store that it has written."""
+"""What `nsae collect` and `nsae alter` say about a store that they have written."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ def store_summary(name: str, manifest: Mapping[str, Any]) -> Table:
     table.add_row("corpus", f"{corpus.get('name')}{split}")
     table.add_row("vectors", f"{', '.join(manifest['hooks'])}, {manifest['d_in']} wide, {manifest['dtype']}")
     table.add_row("norms", f"{len(manifest.get('norm_hooks') or [])} hooks")
+    for change in manifest.get("altered") or []:
+        how = f"seed {change['seed']}" if "seed" in change else f"k = {change['k']:g}"
+        table.add_row("altered", f"{change['change']}, {how}, from {change['activations']}")
     packing = "documents share contexts" if manifest.get("packing") else "one document per context"
     bos = "each starts with <|endoftext|>" if manifest.get("bos") else "no token put first"
     table.add_row("contexts", f"{manifest.get('context_size')} tokens, {packing}, {bos}")

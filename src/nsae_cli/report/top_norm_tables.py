@@ -60,7 +60,7 @@ _COMPARED = frozenset(
 )  # fmt: skip
 _NOTE = (
     "L0: active features per token; L1: sum of activations; MRE: mean ‖x̂−x‖²/‖x‖² = direction + length part; "
-    "share of the loss: of the summed squared-error term. γ = 1: no shrinkage. norm ratio: Σ‖x̂‖/Σ‖x‖."
+    "share of the loss: of the summed error term. γ = 1: no shrinkage. norm ratio: Σ‖x̂‖/Σ‖x‖."
 )
 
 
@@ -200,7 +200,8 @@ def top_norms_findings(report: Mapping[str, Any]) -> list[str]:
     if not top.get("rows"):
         return ["There is no token in the top group."]
     share = fmt.plain_percent(report.get("top"))
-    sentences = [_who(report, top, share), _cost(report, top, other), _error(top, other, bottom, share)]
+    error = _direction if _of_cosine(report) else _error
+    sentences = [_who(report, top, share), _cost(report, top, other), error(top, other, bottom, share)]
     return [sentence for sentence in sentences if sentence]
 
 
@@ -231,9 +232,10 @@ def _who(report: Mapping[str, Any], top: Part, share: str) -> str:
 
 
 def _cost(report: Mapping[str, Any], top: Part, other: Part) -> str:
+    error_loss = "the cosine loss" if _of_cosine(report) else "the squared-error loss"
     shares = [
         f"{fmt.plain_percent(top[key])} of {what}"
-        for key, what in (("l1_share", "all L1"), ("loss_share", "the squared-error loss"))
+        for key, what in (("l1_share", "all L1"), ("loss_share", error_loss))
         if top.get(key) is not None
     ]
     sentences = []
@@ -248,6 +250,24 @@ def _cost(report: Mapping[str, Any], top: Part, other: Part) -> str:
         sentences.append(f"they activate {fmt.plain(mine)} features per token (L0){against}")
     text = "; ".join(sentences)
     return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def _of_cosine(report: Mapping[str, Any]) -> bool:
+    """Whether the SAE was trained on directions alone: how long its reconstructions are means nothing then."""
+    return (report.get("config") or {}).get("l2_norm") == "cosine"
+
+
+def _direction(top: Part, other: Part, bottom: Part, share: str) -> str:
+    if top.get("direction_error") is None:
+        return ""
+    against = [
+        f"{fmt.plain(part['direction_error'])} for {whom}"
+        for part, whom in ((other, "the others"), (bottom, f"the bottom {share}"))
+        if part.get("direction_error") is not None
+    ]
+    text = f"Their direction error is {fmt.plain(top['direction_error'])}"
+    text += f"{', against ' if against else ''}{' and '.join(against)}"
+    return f"{text}; how long a reconstruction is was not trained (--l2-norm cosine)."
 
 
 def _error(top: Part, other: Part, bottom: Part, share: str) -> str:

@@ -14,6 +14,7 @@ from nsae_cli.report.layout import Column, WideTable
 #: Options that are worth a column only where they differ between the rows.
 _VARYING = (
     ("l1_norm", "l1-norm"),
+    ("row_weights", "row weights"),
     ("decoder", "decoder"),
     ("sparsity", "sparsity"),
     ("alpha", "α"),
@@ -24,7 +25,6 @@ _VARYING = (
     ("d_sae", "d_sae"),
     ("expansion_factor", "expansion"),
     ("sinks", "sinks"),
-    ("target_l0", "target L0"),
     ("lr", "lr"),
     ("tokens", "tokens"),
     ("seed", "seed"),
@@ -49,7 +49,7 @@ def train_table(
     keys.append(Column("layer", [fmt.MISSING if layer is None else str(layer) for layer in layers]))
     keys += [Column(heading, [_plain(value) for value in values]) for heading, values in varying_options(runs)]
     groups = [
-        [Column("L0\nns", _metric(runs, "ns", "l0")), Column("\nsinks", _metric(runs, "sinks", "l0"))],
+        [Column("L0\nns", _metric(runs, "ns", "l0")), *_targets(runs), Column("\nsinks", _metric(runs, "sinks", "l0"))],
         [Column("FVU\nns", _metric(runs, "ns", "fvu_p0"))],
         [Column("EV\nall", _metric(runs, "all", "explained_variance")),
          Column("\nns", _metric(runs, "ns", "explained_variance"))],
@@ -62,9 +62,11 @@ def train_table(
     ]  # fmt: skip
     note = (
         "Held-out tokens; ns = non-sink. FVU: unexplained share of the variance; EV = 1 − FVU; MRE: mean ‖x̂−x‖²/‖x‖²; "
-        "γ: 1 = no shrinkage; dead: share of features silent on these tokens; bias: share of the squared-error loss ÷ "
+        "γ: 1 = no shrinkage; dead: share of features silent on these tokens; bias: share of the loss for errors ÷ "
         "share of tokens, in the lowest and the highest norm bin and on sinks (1 = every token counts alike)."
     )
+    if any((run.get("l0_target") or {}).get("within") is False for run in runs):
+        note += " !: L0 is more than 2 % off its target."
     extra = [fmt.source_line(source)] if source is not None else []
     inputs = list(dict.fromkeys(text for run in runs if (text := fmt.trained_on(run))))
     tokens = {_value(run, "all", "tokens") for run in runs}
@@ -97,6 +99,18 @@ def _split(labels: Sequence[str] | None) -> tuple[str, list[str]]:
     if len(folders) > 1 or "" in folders:
         return "", list(labels)
     return folders.pop(), [label.rpartition("/")[2] for label in labels]
+
+
+def _targets(runs: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """What L0 was to be, beside what it is; marked where an SAE has missed it."""
+    targets = [run.get("l0_target") for run in runs]
+    if not any(targets):
+        return []
+    shown = [
+        fmt.MISSING if not target else f"{target['target']:g}" + ("!" if target["within"] is False else "")
+        for target in targets
+    ]
+    return [Column("\ntarget", shown)]
 
 
 def _usual_decoders(runs: Sequence[Mapping[str, Any]]) -> bool:

@@ -6,6 +6,7 @@
 - `contexts`: which rows belong to which context, and which contexts are held out.
 - `profile`: per hook, the sinks, the norm scale ñ and the norm bins.
 - `batches`: rows in a shuffled order that is a pure function of (seed, epoch).
+- `alter`: stores with other norms, for controls.
 - `sae_folder`: saved SAEs.
 - `workspace`: names and places of artifacts.
 """

@@ -73,6 +73,7 @@ class Manifest(_Frozen):
     dropped: dict[str, int] | None = None
     versions: dict[str, str] | None = None
     command: dict[str, Any] | None = None
+    altered: list[dict[str, Any]] | None = Field(default=None, description="what `nsae alter` did, oldest first")
 
     @field_validator("format_version")
     @classmethod
@@ -97,6 +98,17 @@ class Manifest(_Frozen):
         return DTYPES[self.dtype]
 
 
+def describe_alterations(manifest: Manifest) -> str | None:
+    """What was done to the norms of a store, for people; None where they are as they were harvested."""
+    if not manifest.altered:
+        return None
+    texts = []
+    for change in manifest.altered:
+        how = f"seed {change.get('seed')}" if "seed" in change else f"k = {change.get('k'):g}"
+        texts.append(f"{change.get('change')} ({how}) of {change.get('activations')}")
+    return "norms were altered: " + ", then ".join(texts)
+
+
 def read_manifest(folder: Path) -> tuple[Manifest, str]:
     """Reads and validates a store's manifest.
 
@@ -111,9 +123,7 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
         progress = folder / "progress.jsonl"
         if progress.is_file():
             done = max(0, len(progress.read_text(encoding="utf-8", errors="replace").splitlines()) - 1)
-            raise ArtifactError(
-                f"{folder.name}: collect is not finished ({done} shards so far); run the same `nsae collect` again"
-            )
+            raise ArtifactError(f"{folder.name} is not finished ({done} shards so far); run the same command again")
         raise ArtifactError(
             f"{folder} holds no {MANIFEST}: it is not an activation store; make one with `nsae collect`"
         )

@@ -200,14 +200,15 @@ class ActivationStore:
     @property
     def has_positions(self) -> bool:
         """Whether rows carry their position in the context (without it sink rule 1 and contexts are off)."""
-        return self._has("positions")
+        return self.has("positions")
 
     @property
     def has_tokens(self) -> bool:
         """Whether rows carry their token id."""
-        return self._has("tokens")
+        return self.has("tokens")
 
-    def _has(self, tensor: str) -> bool:
+    def has(self, tensor: str) -> bool:
+        """Whether the shards hold a tensor of that name."""
         # A foreign manifest may list no tensors: then the first shard itself is asked.
         if not self.manifest.shards:
             return False
@@ -321,7 +322,7 @@ class ActivationStore:
 
     def has_stored_norms(self, hook: str) -> bool:
         """Whether the norms at `hook` were written when the activations were collected."""
-        return hook in (self.manifest.norm_hooks or []) and self._has("norms")
+        return hook in (self.manifest.norm_hooks or []) and self.has("norms")
 
     def positions(self, shard: int) -> torch.Tensor | None:
         """Position of each row in the context fed to the model, int64 [rows]; None where the store has none."""

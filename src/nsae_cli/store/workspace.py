@@ -28,6 +28,8 @@ class Kind(Enum):
     TOP_NORMS = ("top-norms", "top_norms.json", "analyze-top-norms")
     EVAL = ("evals", "eval.json", "eval")
     FEATURES = ("features", "features.json", "report")
+    TABLE = ("tables", "table.json", "compare")
+    AUDIT = ("audits", "audit.json", "audit")
 
     def __init__(self, folder: str, mark: str, command: str) -> None:
         self.folder = folder

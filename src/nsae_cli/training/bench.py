@@ -107,7 +107,9 @@ class NsaeSide:
             {"d_sae": d_sae, "batch_size": len(data.x), "tokens": 10**15, "lr": lr, "lr_warm_up": 0, "alpha_warm_up": 0}
         )
         [config] = expand_cells(options, ["blocks.0.hook_resid_post"], d_in, 1).values()
-        self._cell = Cell(config, Objective("relu", 0, 0, "l1", _BETA, 1.0), data.weights.to(torch.float32), kernel)
+        self._cell = Cell(
+            config, Objective("relu", 0, 0, "l1", _BETA, 1.0), data.weights.to(torch.float32), kernel, 1.0
+        )
         self._rows = data.rows()
         self._taken = 0
         self._l0 = torch.zeros(())

@@ -14,11 +14,14 @@ from nsae_cli.kernels.types import StepResult, Weights, in_memory_order
 from nsae_cli.kernels.update import GradientBuffer, Gradients, Updater
 from nsae_cli.metrics.deadness import FiredWindow
 from nsae_cli.sae.autoencoder import SparseAutoencoder, fold_input_scale
-from nsae_cli.sae.objective import L1_POWER, L2_POWER, Objective, beta_from_alpha, penalty_degree
+from nsae_cli.sae.objective import ERROR_TERMS, L1_POWER, Objective, beta_from_alpha, penalty_degree
 from nsae_cli.store.batches import HookRows, stable_seed
 from nsae_cli.store.profile import HookProfile
+from nsae_cli.training.l0_control import NOISE_FREE_EVERY, L0Control, gains_of, mean_l0, noise_free_l0
 from nsae_cli.training.options import CellConfig
-from nsae_cli.training.schedule import learning_rate, ramp
+from nsae_cli.training.resample import Resampler, last_step
+from nsae_cli.training.row_weights import batch_weights
+from nsae_cli.training.schedule import is_logged, learning_rate, ramp
 from nsae_cli.training.threshold import BatchThreshold
 
 
@@ -29,7 +32,7 @@ def resolve_input_scale(config: CellConfig, d_in: int, norm_scale: float) -> flo
 
 def make_objective(config: CellConfig, profile: HookProfile, d_in: int) -> Objective:
     """The cell's loss, with β and s resolved from the hook's norms."""
-    p, q = L2_POWER[config.l2_norm], L1_POWER[config.l1_norm]
+    (p, distance), q = ERROR_TERMS[config.l2_norm], L1_POWER[config.l1_norm]
     powers = profile.mean_power if config.sinks == "keep" else profile.mean_power_ns
     beta = beta_from_alpha(
         config.alpha,
@@ -39,16 +42,21 @@ def make_objective(config: CellConfig, profile: HookProfile, d_in: int) -> Objec
         powers[2 - p],
     )
     scale = resolve_input_scale(config, d_in, profile.norm_scale)
-    return Objective(config.act, p, q, config.sparsity, beta, scale, config.k, config.bandwidth)
+    return Objective(config.act, p, q, config.sparsity, beta, scale, config.k, config.bandwidth, distance)
 
 
 @dataclass(frozen=True)
 class StepLog:
-    """A step's kernel result with what is needed to put it into raw units."""
+    """A step's kernel result with what is needed to put it into raw units.
+
+    `plain_error_weight` are the weights of the error as they would be with ``--row-weights plain``: which rows the loss
+    listens to is told with these, so that SAEs of other row weights compare.
+    """
 
     result: StepResult
     x: torch.Tensor
     error_weight: torch.Tensor
+    plain_error_weight: torch.Tensor
     sparsity_weight: torch.Tensor
     alpha: float
     lr: float
@@ -62,20 +70,46 @@ class Cell:
         objective: its loss, from `make_objective`.
         weights: initial weights in scaled units, on the training device; taken over and updated in place.
         kernel: what to step with.
+        norm_scale: ñ of the hook.
     """
 
-    def __init__(self, config: CellConfig, objective: Objective, weights: Weights, kernel: Choice) -> None:
+    def __init__(
+        self, config: CellConfig, objective: Objective, weights: Weights, kernel: Choice, norm_scale: float
+    ) -> None:
         self.config = config
-        self.objective = objective
+        self._start_objective = objective
+        typical = norm_scale * objective.input_scale
+        self._typical_weights = (typical**-objective.weight_power, typical**-objective.l1_power)
         if objective.nonlinearity.selection.bandwidth is not None:
             weights.log_threshold = torch.zeros_like(weights.b_enc)
         self.weights = weights = weights.by_feature()
-        self.kernel = kernel.make(len(weights.b_dec), config.d_sae, objective.nonlinearity)
+        self.kernel = kernel.make(len(weights.b_dec), config.d_sae, objective.nonlinearity, objective.distance)
         self._gradients = GradientBuffer(weights)
         self._zero_rows = torch.zeros((), dtype=torch.int64, device=weights.b_enc.device)
         self.window = FiredWindow(config.d_sae, config.dead_window, device=weights.b_enc.device)
         self._updater = Updater(weights, config.decoder, config.clip)
         self._threshold = BatchThreshold(weights.b_enc.device) if config.act == "batchtopk" else None
+        self._resampler = Resampler(objective, weights, config.decoder, self._updater.adam, self.window, config.seed)
+        self.control: L0Control | None = None
+        if config.target_l0 is not None:
+            self.control = L0Control(config.target_l0, config.alpha, gains_of(config.act))
+        self._held_out_l0: float | None = None
+
+    @property
+    def alpha(self) -> float:
+        """α as given, or what the control of L0 has settled on."""
+        return self.config.alpha if self.control is None else self.control.found
+
+    @property
+    def objective(self) -> Objective:
+        """The loss at this α."""
+        return self._objective_at(self.alpha)
+
+    def _objective_at(self, alpha: float) -> Objective:
+        start = self._start_objective
+        if alpha == self.config.alpha:
+            return start
+        return dataclasses.replace(start, beta=start.beta * (alpha / self.config.alpha))  # β ∝ α, whatever the rule
 
     def train_step(self, rows: HookRows, step: int) -> StepLog:
         """One optimizer step on a batch.
@@ -87,11 +121,16 @@ class Cell:
         Raises:
             NumericalError: loss or gradient is not finite; the weights are still those before the step.
         """
-        config, objective = self.config, self.objective
+        config, control = self.config, self.control
+        alpha = config.alpha if control is None else control.alpha
+        objective = self._objective_at(alpha)
         ramped = ramp(step, config.steps, config.alpha_warm_up)
         # A copy: cells of a grid share the rows, and those of a float32 store are float32 already.
         x = rows.x.to(torch.float32, copy=True).mul_(objective.input_scale)
-        per_row_error, per_row_sparsity = objective.row_weights(rows.norm, rows.zero)
+        plain = objective.row_weights(rows.norm, rows.zero)
+        per_row_error, per_row_sparsity = batch_weights(
+            config.row_weights, plain, rows.zero, self._typical_weights, config.seed, step
+        )
         error_weight = per_row_error / len(rows.norm)
         sparsity_weight = per_row_sparsity * (objective.beta_scaled * ramped / len(rows.norm))
         noise = self._noise(len(rows.norm), step)
@@ -104,6 +143,8 @@ class Cell:
             error_weight=error_weight,
             sparsity_weight=sparsity_weight,
             noise=noise,
+            distance=objective.distance,
+            row_gradients=is_logged(step, config.steps, config.probe_every),
         )
         result = gradients.result
         if config.aux_k is not None:
@@ -113,18 +154,46 @@ class Cell:
                 self.weights,
                 self.window.silent(),
                 k_aux=config.aux_k,
-                error_weight=error_weight,
+                error_weight=objective.squared_error_weight(error_weight, rows.norm, rows.zero),
                 noise=noise,
             )
         self._refuse_non_finite(gradients, step)
         lr = learning_rate(step, config.steps, config.lr, config.lr_warm_up, config.lr_decay)
+        if control is not None and ramped == 1:
+            self._control_l0(control, x, rows, result, step, lr / config.lr)
         self._updater.step(gradients, lr)
         self.window.update(result.fired, len(rows.norm))
         if self._threshold is not None:
             assert result.least_act is not None
             self._threshold.update(result.least_act)
+        if self._resamples_after(step):
+            self._resampler.resample(rows, x, result, error_weight, step)
         self._zero_rows += rows.zero.sum()  # stays on the device: reading it here would make every step wait
-        return StepLog(result, x, error_weight, sparsity_weight, config.alpha * ramped, lr)
+        return StepLog(result, x, error_weight, plain[0] / len(rows.norm), sparsity_weight, alpha * ramped, lr)
+
+    def look_at_held_out(self, rows: HookRows) -> None:
+        """Counts L0 of held-out rows (on the training device); the next step compares its batch's with it."""
+        if self.control is not None:
+            scaled = rows.x.to(torch.float32) * self._start_objective.input_scale
+            self._held_out_l0 = mean_l0(noise_free_l0(scaled, self.weights), rows)
+
+    def _control_l0(
+        self, control: L0Control, x: torch.Tensor, rows: HookRows, result: StepResult, step: int, lr_share: float
+    ) -> None:
+        """Shows the control a batch's L0, at the weights before this step's update."""
+        every = NOISE_FREE_EVERY if self.config.noise else 1
+        held_out_l0, self._held_out_l0 = self._held_out_l0, None
+        if step % every and held_out_l0 is None:
+            return
+        mean = mean_l0(noise_free_l0(x, self.weights) if self.config.noise else result.l0, rows)
+        if held_out_l0 is not None:
+            control.compare(mean, held_out_l0)
+        if step % every == 0 and mean == mean:  # NaN: the batch has no non-sink row
+            control.update(mean, lr_share * every)
+
+    def _resamples_after(self, step: int) -> bool:
+        every, done = self.config.resample_dead, step + 1
+        return every is not None and done % every == 0 and done <= last_step(self.config.steps, self.config.lr_decay)
 
     def _noise(self, rows: int, step: int) -> torch.Tensor | None:
         """Gaussian noise on pre-activations; a function of (seed, step), so that resuming needs no random state."""
@@ -151,6 +220,11 @@ class Cell:
         """How many rows so far counted for nothing, repeats counted."""
         return int(self._zero_rows)
 
+    @property
+    def resampled(self) -> int:
+        """How many dead features were given new weights so far."""
+        return self._resampler.count
+
     def saved_sae(self) -> SparseAutoencoder:
         """The SAE as it is saved: in raw units, float32, on the CPU. One of batchtopk is a jumprelu SAE."""
         act, scale = self.objective.act, self.objective.input_scale
@@ -173,6 +247,9 @@ class Cell:
         state |= {f"kernel/{key}": value for key, value in self.kernel.state().items()}
         if self._threshold is not None:
             state |= self._threshold.state()
+        state |= self._resampler.state()
+        if self.control is not None:
+            state |= self.control.state()
         state["zero_rows"] = self._zero_rows
         return {name: tensor.detach().cpu() for name, tensor in state.items()}
 
@@ -185,4 +262,7 @@ class Cell:
         self.kernel.load_state({key: state[f"kernel/{key}"] for key in self.kernel.state()})
         if self._threshold is not None:
             self._threshold.load_state(state)
+        self._resampler.load_state(state)
+        if self.control is not None:
+            self.control.load_state(state)
         self._zero_rows.copy_(state["zero_rows"])

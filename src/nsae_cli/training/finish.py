@@ -19,37 +19,55 @@ from nsae_cli.store.provenance import Provenance
 from nsae_cli.store.sae_folder import FORMAT_VERSION, write_run, write_sae
 from nsae_cli.training.cell import Cell
 from nsae_cli.training.evaluate import evaluate
+from nsae_cli.training.l0_control import TOLERANCE
 from nsae_cli.training.plan import TrainPlan
 
 T = TypeVar("T")
 
 # L1 has stopped measuring sparsity when acts are this small and decoder rows this long, in scaled units.
 _GAMED_MEAN_ACT, _GAMED_DECODER_NORM = 0.1, 5.0
+# From this share of dead features on they are named as the reason of a low L0.
+_MOSTLY_DEAD = 0.5
 
 
-def finish_cell(plan: TrainPlan, name: str, cell: Cell, profile: HookProfile, reporter: Reporter) -> dict[str, Any]:
-    """Evaluates and saves one cell; its run.json, written last, marks it as complete. Returns run.json."""
+def finish_cell(
+    plan: TrainPlan,
+    name: str,
+    cell: Cell,
+    profile: HookProfile,
+    adam_sink_share: float | None,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Evaluates and saves one cell; its run.json, written last, marks it as complete. Returns run.json.
+
+    Args:
+        adam_sink_share: as the probes of the gradient left it.
+    """
     folder, config = plan.cell_folder(name), cell.config
     sae = cell.saved_sae()
-    metrics, density = evaluate(
+    evaluation = evaluate(
         sae,
         cell.objective,
         config.decoder == "unit",
         lambda batch: _until_stopped(plan.source.held_out_rows(profile, batch)),
     )
+    metrics = evaluation.metrics
+    metrics["sinks"]["adam_sink_share"] = adam_sink_share
     if not metrics["all"]["tokens"]:
         reporter.warn(f"{plan.source.name} has fewer than 20 contexts: no rows are held out, so {name} has no metrics")
     metadata = _sae_lens_metadata(plan.source.provenance, config.hook)
     write_sae(folder, sae, metadata | {"training_architecture": config.act})
-    commit.write_tensors(folder / "features.safetensors", {"density": density.float()})
-    warning = gamed_sparsity(cell, metrics)
-    if warning:
+    commit.write_tensors(folder / "features.safetensors", {"density": evaluation.density.float()})
+    target = l0_target(cell, metrics)
+    warnings = [text for text in (gamed_sparsity(cell, metrics), missed_l0(cell, target, metrics)) if text]
+    for warning in warnings:
         reporter.warn(f"{name}: {warning}")
     document = {
         **_describe(plan, cell, profile),
         "metrics": metrics,
         "weights_sha256": {key: commit.tensor_sha256(tensor) for key, tensor in sae.named().items()},
-        "warnings": [warning] if warning else [],
+        "l0_target": target,
+        "warnings": warnings,
     }
     write_run(folder, document)
     return document
@@ -64,19 +82,63 @@ def _until_stopped(rows: Iterator[T]) -> Iterator[T]:
 
 
 def gamed_sparsity(cell: Cell, metrics: dict[str, Any]) -> str | None:
-    """A sentence if L1 no longer measures sparsity (mean act < .1 and max ‖d_i‖ > 5 in scaled units), else None."""
+    """A sentence if L1 no longer measures sparsity (mean act < .1 and max ‖d_i‖ > 5 in scaled units), else None.
+
+    A loss that does not see the length of x̂ lets acts shrink without longer rows: there small acts alone say it.
+    """
     objective = cell.objective
     if objective.sparsity != "l1" or not objective.beta or not metrics["ns"]["l0"]:
         return None
     to_scaled = objective.input_scale if objective.nonlinearity.homogeneous else 1.0
     mean_act = to_scaled * metrics["ns"]["l1"] / metrics["ns"]["l0"]
+    if mean_act >= _GAMED_MEAN_ACT:
+        return None
+    if objective.distance.degree == 0:
+        return (
+            f"L1 no longer measures sparsity: mean act {mean_act:.2g}, which the cosine distance does not mind; "
+            "use --noise 0.1, or another --l2-norm"
+        )
     longest = float(cell.weights.W_dec.norm(dim=1).max())
-    if mean_act >= _GAMED_MEAN_ACT or longest <= _GAMED_DECODER_NORM:
+    if longest <= _GAMED_DECODER_NORM:
         return None
     return (
         f"L1 no longer measures sparsity: mean act {mean_act:.2g}, longest decoder row {longest:.2g} (scaled units); "
         "use --noise 0.1, --sparsity l1-decoder-norm or --decoder bounded"
     )
+
+
+def l0_target(cell: Cell, metrics: dict[str, Any]) -> dict[str, Any] | None:
+    """How near the saved SAE came to its target for L0 on held-out non-sink rows; None without a target."""
+    target, reached = cell.config.target_l0, metrics["ns"]["l0"]
+    if target is None:
+        return None
+    error = None if reached is None else reached / target - 1
+    return {
+        "target": target,
+        "reached": reached,
+        "relative_error": error,
+        "within": None if error is None else abs(error) <= TOLERANCE,
+    }
+
+
+def missed_l0(cell: Cell, target: dict[str, Any] | None, metrics: dict[str, Any]) -> str | None:
+    """A sentence if the SAE has missed its target for L0, with the likely reason; else None."""
+    if target is None or cell.control is None or target["within"] is not False:
+        return None
+    few, bound = target["relative_error"] < 0, cell.control.at_bound
+    dead = metrics["all"]["dead_fraction"]
+    if few and bound == "low":
+        why = (
+            "even with hardly any penalty no more features are active; lower --target-l0 or --alpha, or raise --tokens"
+        )
+    elif few and dead is not None and dead > _MOSTLY_DEAD:
+        why = f"{dead:.0%} of its features are dead; start from a lower --alpha or give a larger --d-sae"
+    elif bound == "high":
+        why = "no α makes it that sparse in so many steps; raise --target-l0, --tokens or --lr"
+    else:
+        why = f"it was still moving at the end; raise --tokens, or give an --alpha near {cell.alpha:.3g} to start from"
+    reached, error = target["reached"], target["relative_error"]
+    return f"L0 {reached:.4g} misses --target-l0 {target['target']:g} by {error:+.1%} at α {cell.alpha:.3g}: {why}"
 
 
 def _sae_lens_metadata(provenance: Provenance, hook: str) -> dict[str, Any]:
@@ -106,7 +168,7 @@ def _describe(plan: TrainPlan, cell: Cell, profile: HookProfile) -> dict[str, An
         "hook": config.hook,
         "d_in": plan.source.d_in,
         "d_sae": config.d_sae,
-        "alpha": config.alpha,
+        "alpha": cell.alpha,
         "beta": cell.objective.beta,
         "input_scale": cell.objective.input_scale,
         "norm_scale": profile.norm_scale,
@@ -118,5 +180,10 @@ def _describe(plan: TrainPlan, cell: Cell, profile: HookProfile) -> dict[str, An
             "median_elsewhere": thresholds.median_elsewhere,
         },
         "kernel": cell.kernel.describe(),
-        "counts": {"tokens": config.steps * config.batch_size, "steps": config.steps, "zero_rows": cell.zero_rows},
+        "counts": {
+            "tokens": config.steps * config.batch_size,
+            "steps": config.steps,
+            "zero_rows": cell.zero_rows,
+            "resampled": cell.resampled,
+        },
     }

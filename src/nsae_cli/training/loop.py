@@ -17,6 +17,7 @@ from nsae_cli.errors import ResourceError
 from nsae_cli.kernels import scratch
 from nsae_cli.kernels.select import Choice, choose
 from nsae_cli.reporter import Reporter, SilentReporter
+from nsae_cli.sae.objective import ERROR_TERMS
 from nsae_cli.store import commit
 from nsae_cli.store.profile import HookProfile
 from nsae_cli.store.sae_folder import FORMAT_VERSION
@@ -26,7 +27,8 @@ from nsae_cli.training.checkpoint import Checkpoint
 from nsae_cli.training.finish import finish_cell
 from nsae_cli.training.options import TrainOptions
 from nsae_cli.training.plan import GROUP, TrainPlan, find_finished, make_plan
-from nsae_cli.training.setup import hooks_by_stream, make_cells, make_streams, profile_hooks
+from nsae_cli.training.probe import make_probes
+from nsae_cli.training.setup import HeldOutSample, hooks_by_stream, make_cells, make_streams, profile_hooks
 from nsae_cli.training.source import TrainingSource
 from nsae_cli.training.steps import StepLoop
 from nsae_cli.training.waves import plan_memory
@@ -71,7 +73,8 @@ def train(
         # Read by cuBLAS when CUDA starts; without it deterministic products are refused.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device, why = choose_device(options.device)
-    kernel = choose(options.kernel, options.precision, device)
+    distances = {ERROR_TERMS[config.l2_norm][1] for config in plan.configs.values()}
+    kernel = choose(options.kernel, options.precision, device, distances)
     reporter.note(f"device {why}")
     try:
         with (
@@ -157,7 +160,10 @@ class _Run:
         )
         streams = make_streams(plan, wave, self._profiles)
         cells = make_cells(plan, wave, self._profiles, self._kernel)
-        loop = StepLoop(plan, cells, streams, self._kernel.device, self._pool, self._options.checkpoint_every, reporter)
+        every, device = self._options.checkpoint_every, self._kernel.device
+        probes = make_probes(plan, cells, self._profiles, device)
+        held_out = HeldOutSample(plan, self._profiles, device)
+        loop = StepLoop(plan, cells, streams, probes, device, self._pool, every, reporter, held_out)
         started = time.monotonic()
         first_step = loop.restore(checkpoint)
         loop.run(first_step)
@@ -170,7 +176,7 @@ class _Run:
             def finish(name: str) -> dict[str, Any]:
                 cell = cells[name]
                 profile = self._profiles[cell.config.hook]
-                run = runs.get(name) or finish_cell(plan, name, cell, profile, reporter)
+                run = runs.get(name) or finish_cell(plan, name, cell, profile, probes[name].adam_sink_share, reporter)
                 task.advance(1)
                 return run
 

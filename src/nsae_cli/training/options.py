@@ -14,10 +14,13 @@ from nsae_cli.errors import UsageError
 from nsae_cli.kernels.auxk import default_k_aux
 from nsae_cli.kernels.options import KernelOption, PrecisionOption
 from nsae_cli.sae.objective import DEFAULT_ALPHA, DEFAULT_DECODER, DEFAULT_SPARSITY, refused_combination
-from nsae_cli.values import Fraction, Size, split_list
+from nsae_cli.training.resample import first_resampling
+from nsae_cli.training.row_weights import RowWeights
+from nsae_cli.training.schedule import probe_interval
+from nsae_cli.values import Fraction, Size, parse_fraction, parse_size, split_list
 
 Act = Literal["relu", "tanh-relu", "topk", "batchtopk", "jumprelu"]
-L2Norm = Literal["none", "norm", "sq"]
+L2Norm = Literal["none", "norm", "sq", "cosine"]
 L1Norm = Literal["none", "norm"]
 Decoder = Literal["unit", "free", "bounded"]
 Sparsity = Literal["l1", "l1-decoder-norm", "tanh", "l0"]
@@ -31,6 +34,8 @@ Count = Annotated[Size, Field(ge=1)]
 
 DEFAULT_MIN_STEPS = 2000
 LR_DECAY = 0.2
+#: With a target for L0 the warm-up of α may last so long, as a share of the steps.
+LATEST_CONTROL = 0.5
 #: k of topk and batchtopk, where there are at least eight times as many features.
 DEFAULT_K = 32
 #: ε of jumprelu, in scaled units.
@@ -44,9 +49,11 @@ _BELONGS_TO: dict[str, frozenset[str]] = {
     "sparsity": _PENALISED,
     "alpha": _PENALISED,
     "alpha_scale": _PENALISED,
+    "target_l0": _PENALISED,
     "k": _TOP_K,
     "aux_k": _TOP_K,
     "bandwidth": frozenset({"jumprelu"}),
+    "resample_dead": _PENALISED,
 }
 
 
@@ -67,19 +74,45 @@ def parse_interval(value: Any) -> Any:
         raise ValueError("expected a time such as 5m or 90s, or a number of steps") from None
 
 
+def parse_every(value: Any) -> Any:
+    """``off`` → None; ``500`` → steps, as an int; ``10%`` or ``0.1`` → a share of the steps, as a float."""
+    text = str(value).strip()
+    if value is None or text.lower() in ("off", "none", "false"):
+        return None
+    try:
+        if "%" in text or (0 < float(text) < 1):
+            share = parse_fraction(text)
+            if 0 < share <= 1:
+                return float(share)
+        elif not isinstance(value, bool) and (steps := parse_size(value)) >= 1:
+            return steps
+    except ValueError:
+        pass
+    raise ValueError("expected off, a number of steps such as 500, or a share of the steps such as 10%")
+
+
 class TrainOptions(BaseModel):
     """Options as given. Those that are lists here span a grid; None stands for a default that depends on others."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     act: Annotated[list[Act], _Split] = Field(["relu"], description="activation")
-    l2_norm: Annotated[list[L2Norm], _Split] = Field(["none"], description="divide the squared error by 1, ‖x‖ or ‖x‖²")
+    l2_norm: Annotated[list[L2Norm], _Split] = Field(
+        ["none"], description="divide the squared error by 1, ‖x‖ or ‖x‖², or take 2(1 − cos)"
+    )
     l1_norm: Annotated[list[L1Norm], _Split] = Field(["none"], description="divide the sparsity penalty by 1 or ‖x‖")
+    row_weights: Annotated[list[RowWeights], _Split] = Field(
+        ["plain"], description="the weights that l2_norm and l1_norm give to rows: as they are, or a control of them"
+    )
     decoder: Annotated[list[Decoder], _Split] | None = Field(None, description="what W_dec's rows may do")
     sparsity: Annotated[list[Sparsity], _Split] | None = Field(None, description="sparsity penalty")
     alpha: Annotated[list[NonNegative], _Split] | None = Field(None, description="sparsity coefficient α")
+    alpha_from: str | None = Field(None, min_length=1, description="take α from SAEs that found it for a target L0")
     alpha_scale: Annotated[list[AlphaScale], _Split] = Field(["layer-norm"], description="how β follows from α")
     alpha_warm_up: Fraction = Field(0.2, ge=0, le=1, description="share of the steps over which α rises to its value")
+    target_l0: Annotated[list[Positive], _Split] | None = Field(
+        None, description="mean L0 of non-sink rows that α is moved to"
+    )
     k: Annotated[list[Count], _Split] | None = Field(None, description="active features of a row")
     aux_k: Literal["auto", "off"] | Count = Field("auto", description="dead features that model the error of a row")
     bandwidth: Annotated[list[Positive], _Split] | None = Field(None, description="ε of the thresholds' gradient")
@@ -95,6 +128,10 @@ class TrainOptions(BaseModel):
     input_scale: Literal["auto"] | Positive = Field("auto", description="s of x' = s·x")
     sinks: Annotated[list[Sinks], _Split] = Field(["keep"], description="train on sink rows or not")
     dead_window: Size = Field(262_144, gt=0, description="tokens after which a silent feature counts as dead")
+    probe_every: Literal["auto", "off"] | Count = Field("auto", description="steps between probes of the gradient")
+    resample_dead: Annotated[int | float | None, BeforeValidator(parse_every)] = Field(
+        None, description="every how many steps, or which share of them, dead features get new weights"
+    )
     buffer: Size = Field(524_288, gt=0, description="rows that are mixed in memory")
     seed: Annotated[list[Size], _Split] = Field([0], description="of data order, initialisation and noise")
     device: DeviceOption = "auto"
@@ -138,9 +175,14 @@ class CellConfig(BaseModel):
     input_scale: float | Literal["auto"]
     sinks: Sinks
     dead_window: int
+    resample_dead: int | None
     buffer: int
     seed: int
     deterministic: bool
+    # What later versions added; a run.json from before has none of it.
+    probe_every: int | None = None
+    target_l0: float | None = None
+    row_weights: RowWeights = "plain"
 
     @property
     def steps(self) -> int:
@@ -177,16 +219,26 @@ def expand_cells(options: TrainOptions, hooks: list[str], d_in: int, epoch_rows:
         option = "--d-sae" if options.d_sae else "--expansion-factor, number of features"
         raise UsageError.from_problems([*problems, f"{option} {min(widths)}: expected at least 1"])
     problems |= dict.fromkeys(_misplaced(options))
+    if options.alpha_from is not None:
+        if options.alpha is not None:
+            problems["--alpha and --alpha-from both set α; give one of them"] = None
+        if not _PENALISED & set(options.act):
+            problems[f"--alpha-from: --act {','.join(options.act)} has no α, its L0 is set by --k"] = None
+    resample_dead = _resampling_interval(options, tokens // options.batch_size)
+    if isinstance(resample_dead, str):
+        problems[resample_dead] = None
     by_default: list[Any] = [None]
     axes: dict[str, list[Any]] = {
         "hook": hooks,
         "act": list(options.act),
         "l2_norm": list(options.l2_norm),
         "l1_norm": list(options.l1_norm),
+        "row_weights": list(options.row_weights),
         "decoder": list(options.decoder or by_default),
         "sparsity": list(options.sparsity or by_default),
         "alpha": list(options.alpha or by_default),
         "alpha_scale": list(options.alpha_scale),
+        "target_l0": list(options.target_l0 or by_default),
         "k": list(options.k or by_default),
         "bandwidth": list(options.bandwidth or by_default),
         "noise": options.noise,
@@ -196,17 +248,19 @@ def expand_cells(options: TrainOptions, hooks: list[str], d_in: int, epoch_rows:
         "seed": options.seed,
     }
     aux_k = {"auto": default_k_aux(d_in), "off": None}.get(str(options.aux_k), options.aux_k)
-    shared = options.model_dump(include=set(CellConfig.model_fields) - set(axes) - {"aux_k"})
-    shared |= {"tokens": tokens, "lr_decay": LR_DECAY}
+    shared = options.model_dump(include=set(CellConfig.model_fields) - set(axes) - {"aux_k", "resample_dead"})
+    shared |= {"tokens": tokens, "lr_decay": LR_DECAY, "probe_every": _probe_every(options, tokens)}
     cells: dict[str, CellConfig] = {}
     hook_names = _hook_names(hooks)
     for values in itertools.product(*axes.values()):
-        cell = _with_defaults(dict(zip(axes, values, strict=True)) | {"aux_k": aux_k})
-        reason = refused_combination(cell["act"], cell["decoder"], cell["sparsity"])
+        cell = _with_defaults(dict(zip(axes, values, strict=True)) | {"aux_k": aux_k, "resample_dead": resample_dead})
+        reason = refused_combination(cell["act"], cell["decoder"], cell["sparsity"], cell["l2_norm"])
         if reason is not None:
             problems[reason] = None
         elif cell["k"] is not None and cell["k"] > cell["d_sae"]:
             problems[f"--k {cell['k']} is more than the {cell['d_sae']} features; give at most as many"] = None
+        elif (reason := _impossible_target(cell, options)) is not None:
+            problems[reason] = None
         elif not problems:
             config = CellConfig.model_validate(shared | cell)
             name = _cell_name(config, options, hook_names)
@@ -215,6 +269,13 @@ def expand_cells(options: TrainOptions, hooks: list[str], d_in: int, epoch_rows:
     if problems:
         raise UsageError.from_problems(list(problems))
     return cells
+
+
+def _probe_every(options: TrainOptions, tokens: int) -> int | None:
+    every = options.probe_every
+    if isinstance(every, str):
+        return probe_interval(tokens // options.batch_size) if every == "auto" else None
+    return every
 
 
 def _misplaced(options: TrainOptions) -> list[str]:
@@ -226,9 +287,44 @@ def _misplaced(options: TrainOptions) -> list[str]:
             continue
         option, shown = "--" + name.replace("_", "-"), ",".join(map(str, value if isinstance(value, list) else [value]))
         why = "they have no sparsity penalty, their L0 is set by --k" if acts == _PENALISED else "leave it out"
+        if name == "resample_dead":
+            why = "dead features of these learn through --aux-k"
         owners = ", ".join(act for act in DEFAULT_ALPHA if act in acts)
         problems.append(f"{option} {shown} does not go with --act {','.join(options.act)}, only with {owners}: {why}")
     return problems
+
+
+def _impossible_target(cell: dict[str, Any], options: TrainOptions) -> str | None:
+    """Why α cannot be moved to a cell's target for L0, or None."""
+    target = cell["target_l0"]
+    if target is None:
+        return None
+    if target >= cell["d_sae"]:
+        return f"--target-l0 {target:g}: expected less than the {cell['d_sae']} features"
+    if cell["alpha"] == 0:
+        return "--alpha 0 with --target-l0: α is moved by factors from --alpha on; give a number above 0, or none"
+    if options.alpha_warm_up > LATEST_CONTROL:
+        return (
+            f"--alpha-warm-up {options.alpha_warm_up:g} with --target-l0: α is moved once it has warmed up, and needs "
+            f"time; give at most {LATEST_CONTROL:g}"
+        )
+    return None
+
+
+def _resampling_interval(options: TrainOptions, steps: int) -> int | str | None:
+    """Every how many of the steps dead features are resampled; None for never; a text if it could never happen."""
+    every = options.resample_dead
+    if every is None:
+        return None
+    interval = every if isinstance(every, int) else max(1, round(every * steps))
+    if first_resampling(steps, LR_DECAY, interval, options.batch_size, options.dead_window) is not None:
+        return interval
+    shown = f"{100 * every:g}%" if isinstance(every, float) else f"{every:,}"
+    window = -(-options.dead_window // options.batch_size)
+    return (
+        f"--resample-dead {shown} would never resample: of {steps:,} steps the last {LR_DECAY:.0%} are without, and a "
+        f"--dead-window of {options.dead_window:,} tokens is {window:,} steps; lower one of them or give more --tokens"
+    )
 
 
 def _with_defaults(cell: dict[str, Any]) -> dict[str, Any]:
@@ -252,9 +348,9 @@ def _with_defaults(cell: dict[str, Any]) -> dict[str, Any]:
 def _cell_name(cell: CellConfig, options: TrainOptions, hook_names: dict[str, str]) -> str:
     """``L6`` plus the options that were given as lists."""
     parts = [hook_names[cell.hook]]
-    bare = ("act", "l2_norm", "decoder", "sparsity", "alpha_scale", "sinks")
+    bare = ("act", "l2_norm", "row_weights", "decoder", "sparsity", "alpha_scale", "sinks")
     prefixed = {"l1_norm": "l1", "alpha": "alpha", "k": "k", "bandwidth": "bandwidth", "noise": "noise", "lr": "lr"}
-    prefixed |= {"seed": "seed"}
+    prefixed |= {"seed": "seed", "target_l0": "l0_"}
     for field in TrainOptions.model_fields:
         value = getattr(options, field)
         if field == "layers" or not isinstance(value, list) or len(value) < 2:

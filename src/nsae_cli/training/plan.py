@@ -14,6 +14,7 @@ from nsae_cli.store.sae_folder import RUN
 from nsae_cli.store.shards import describe_changes
 from nsae_cli.store.workspace import Artifact, Kind, Workspace, check_name, config_hash
 from nsae_cli.training.checkpoint import Checkpoints
+from nsae_cli.training.found_alpha import with_found_alphas
 from nsae_cli.training.options import CellConfig, TrainOptions, expand_cells, layer_of
 from nsae_cli.training.source import TrainingSource
 
@@ -85,6 +86,8 @@ def make_plan(options: TrainOptions, source: TrainingSource, workspace: Workspac
         UsageError: refused or impossible options, a bad name, a source without rows or one that needs ``--tokens``.
     """
     configs = expand_cells(options, source.hooks, source.d_in, source.epoch_rows(options.tokens) or 0)
+    if options.alpha_from is not None:
+        configs = with_found_alphas(configs, options.alpha_from, workspace)
     name = check_name(name) if name else default_name(source, configs)
     return TrainPlan(name, workspace.folder(Kind.SAE, name), configs, source)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from nsae_cli.errors import UsageError
+from nsae_cli import interrupt
+from nsae_cli.errors import Interrupted, UsageError
 from nsae_cli.kernels.select import Choice
 from nsae_cli.kernels.types import Weights
 from nsae_cli.metrics.groups import SINKS
@@ -16,9 +17,13 @@ from nsae_cli.sae.init import geometric_median, initialise
 from nsae_cli.store.batches import HookRows, stable_seed
 from nsae_cli.store.profile import HookProfile
 from nsae_cli.training.cell import Cell, make_objective
+from nsae_cli.training.l0_control import sample_rows
 from nsae_cli.training.options import CellConfig
 from nsae_cli.training.plan import TrainPlan
 from nsae_cli.training.source import StreamKey, TrainingStream
+
+#: Held-out rows of a hook, at most, that stay in memory for the control of L0.
+COMPARED_ROWS = 32_768
 
 #: Rows from which the initialisation takes b_dec: the first that the cell will be trained on.
 INIT_ROWS = 8192
@@ -75,7 +80,8 @@ def make_cells(
         config = plan.configs[name]
         shapes = ((d_in, config.d_sae), (config.d_sae,), (config.d_sae, d_in), (d_in,))
         weights = Weights(*(torch.zeros(shape, device=kernel.device) for shape in shapes))
-        cells[name] = Cell(config, make_objective(config, profiles[config.hook], d_in), weights, kernel)
+        profile = profiles[config.hook]
+        cells[name] = Cell(config, make_objective(config, profile, d_in), weights, kernel, profile.norm_scale)
     return cells
 
 
@@ -87,6 +93,39 @@ def initialise_cells(cells: dict[str, Cell], streams: dict[StreamKey, TrainingSt
         for cell in cells.values():
             if stream_key(cell.config) == key:
                 starts[cell.config.hook].initialise(cell)
+
+
+class HeldOutSample:
+    """Held-out rows on the training device, evenly spread over all of them; read where first needed, then kept.
+
+    Args:
+        plan: has the source.
+        profiles: of the hooks.
+        device: of training.
+    """
+
+    def __init__(self, plan: TrainPlan, profiles: dict[str, HookProfile], device: torch.device) -> None:
+        self._source, self._profiles, self._device = plan.source, profiles, device
+        self._rows: dict[str, HookRows | None] = {}
+
+    def of(self, hook: str) -> HookRows | None:
+        """Rows of a hook; None if none are held out.
+
+        Raises:
+            Interrupted: a signal asked to stop while they were read.
+        """
+        if hook not in self._rows:
+            profile = self._profiles[hook]
+            held_out = self._source.profiled_rows - profile.training_rows
+            rows = sample_rows(self._read(profile), held_out, COMPARED_ROWS)
+            self._rows[hook] = None if rows is None else rows.to(self._device)
+        return self._rows[hook]
+
+    def _read(self, profile: HookProfile) -> Iterator[HookRows]:
+        for rows, _ in self._source.held_out_rows(profile, INIT_ROWS):
+            if (signum := interrupt.stop_requested()) is not None:
+                raise Interrupted(signum, "stopped while reading held-out rows")
+            yield rows
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from nsae_cli.errors import UsageError
 from nsae_cli.reporter import Reporter
 from nsae_cli.store.batches import Batch, BatchStream, HookRows, held_out_rows
 from nsae_cli.store.contexts import Contexts
+from nsae_cli.store.manifest import describe_alterations
 from nsae_cli.store.profile import HookProfile, profile_hook
 from nsae_cli.store.provenance import Provenance
 from nsae_cli.store.shards import ActivationStore
@@ -190,6 +191,8 @@ class StoreSource:
         return f"activations {old!r} -> {self.name!r}" if old != self.name else "the store has changed"
 
     def prepare(self, reporter: Reporter) -> None:
+        if (altered := describe_alterations(self._store.manifest)) is not None:
+            reporter.note(f"{self.name}: {altered}")
         if not self._store.has_positions:
             reporter.warn(f"{self.name} has no positions: sink rule 1 is off, blocks of 128 rows stand for contexts")
 

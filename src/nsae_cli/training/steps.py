@@ -11,13 +11,16 @@ import torch
 from nsae_cli import interrupt
 from nsae_cli.errors import Interrupted
 from nsae_cli.reporter import Reporter, Task
-from nsae_cli.store.batches import Batch
+from nsae_cli.store.batches import Batch, HookRows
 from nsae_cli.training.cell import Cell
 from nsae_cli.training.cell_pool import CellPool
 from nsae_cli.training.checkpoint import Checkpoint
+from nsae_cli.training.l0_control import is_compared, rows_to_compare
 from nsae_cli.training.plan import TrainPlan
-from nsae_cli.training.records import MetricsLog, log_interval, step_record
-from nsae_cli.training.setup import initialise_cells, stream_key
+from nsae_cli.training.probe import CellProbe
+from nsae_cli.training.records import MetricsLog, step_record
+from nsae_cli.training.schedule import is_logged
+from nsae_cli.training.setup import HeldOutSample, initialise_cells, stream_key
 from nsae_cli.training.source import StreamKey, TrainingStream
 
 
@@ -29,12 +32,15 @@ class StepLoop:
         plan: TrainPlan,
         cells: dict[str, Cell],
         streams: dict[StreamKey, TrainingStream],
+        probes: dict[str, CellProbe],
         device: torch.device,
         pool: CellPool,
         checkpoint_every: str | int,
         reporter: Reporter,
+        held_out: HeldOutSample,
     ) -> None:
-        self._plan, self._cells, self._streams = plan, cells, streams
+        self._held_out = held_out
+        self._plan, self._cells, self._streams, self._probes = plan, cells, streams, probes
         self._device, self._pool, self._reporter = device, pool, reporter
         self._clock = _CheckpointClock(checkpoint_every)
         self._logs: dict[str, MetricsLog] = {}
@@ -49,6 +55,7 @@ class StepLoop:
             if checkpoint is not None:
                 cell.load_state(checkpoint.cells[name])
                 self._streams[stream_key(cell.config)].load_state(checkpoint.cells[name])
+                self._probes[name].load_state(checkpoint.cells[name])
             content = b"" if checkpoint is None else checkpoint.logs[name]
             self._logs[name] = MetricsLog(self._plan.cell_folder(name) / "metrics.jsonl", content)
         self._note_stream_states()
@@ -65,7 +72,6 @@ class StepLoop:
         """
         plan = self._plan
         batches = {key: stream.batches(first_step) for key, stream in self._streams.items()}
-        interval = log_interval(plan.steps)
         with self._reporter.task("training", (plan.steps - first_step) * plan.batch_size, "rows") as task:
             for step in range(first_step, plan.steps):
                 if (signum := interrupt.stop_requested()) is not None:
@@ -73,11 +79,11 @@ class StepLoop:
                 if step > first_step and self._clock.due(step):
                     self._save(step)
                 try:
+                    compared = self._rows_to_compare(step)
                     taken = self._take(batches)
                 except Interrupted as stopped:
                     raise self._stopped(step, stopped.signum) from stopped
-                log_now = (step + 1) % interval == 0 or step + 1 == plan.steps
-                self._step(taken, step, log_now, task)
+                self._step(taken, compared, step, task)
                 task.advance(plan.batch_size)
         self._save(plan.steps)
 
@@ -100,14 +106,26 @@ class StepLoop:
             name: self._streams[stream_key(cell.config)].state() for name, cell in self._cells.items()
         }
 
-    def _step(self, taken: dict[StreamKey, Batch], step: int, log_now: bool, task: Task) -> None:
+    def _rows_to_compare(self, step: int) -> dict[str, HookRows]:
+        """Held-out rows, by hook, for the cells with a target for L0; empty at most steps."""
+        steps = self._plan.steps
+        if not is_compared(step, steps):
+            return {}
+        hooks = {cell.config.hook for cell in self._cells.values() if cell.control is not None}
+        found = {hook: self._held_out.of(hook) for hook in sorted(hooks)}
+        return {hook: rows_to_compare(rows, step, steps) for hook, rows in found.items() if rows is not None}
+
+    def _step(self, taken: dict[StreamKey, Batch], compared: dict[str, HookRows], step: int, task: Task) -> None:
         def advance(name: str) -> dict[str, Any] | None:
             cell = self._cells[name]
             rows = taken[stream_key(cell.config)][cell.config.hook]
+            if cell.config.hook in compared:
+                cell.look_at_held_out(compared[cell.config.hook])
+            probe = self._probes[name].measure(cell, step)
             log = cell.train_step(rows, step)
-            if not log_now:
+            if not is_logged(step, cell.config.steps, cell.config.probe_every):
                 return None
-            record = step_record(cell, rows, log, step)
+            record = step_record(cell, rows, log, step) | {"probe": probe}
             self._logs[name].append(record)
             return record
 
@@ -121,7 +139,10 @@ class StepLoop:
     def _save(self, step: int) -> None:
         self._plan.checkpoints.save(
             step,
-            {name: cell.state() | self._stream_states[name] for name, cell in self._cells.items()},
+            {
+                name: cell.state() | self._stream_states[name] | self._probes[name].state()
+                for name, cell in self._cells.items()
+            },
             {name: log.content() for name, log in self._logs.items()},
         )
 

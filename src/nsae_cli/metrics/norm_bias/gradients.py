@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from nsae_cli.kernels.types import RowGradients, in_memory_order
 from nsae_cli.metrics.groups import ALL, N_GROUPS, Scoped, group_sums, per_scope
 from nsae_cli.metrics.undefined import ratio
 
@@ -77,6 +78,26 @@ def per_token_gradient_norms(
     return encoder, decoder_sq.clamp(min=0).sqrt()
 
 
+def gradient_norms(sums: RowGradients, input_norm: Tensor, unit_decoder: bool) -> dict[str, Tensor]:
+    """The same norms from sums that a training step's kernel gave; float64 [B] by parameter name.
+
+    ‖∂W_enc‖ = ‖x‖‖δ‖; ‖∂W_dec‖ = √(‖f‖²‖g‖² + 2Σ f_i a_i (g·d_i)/‖d_i‖ + Σ a_i²), g = 2w e and a_i = b ∂S/∂‖d_i‖, or
+    with a unit decoder, whose rows have norm 1, √(‖f‖²‖g‖² − Σ f_i²(g·d_i)²).
+
+    Args:
+        sums: of the rows.
+        input_norm: ‖x‖ of what W_enc multiplies, [B].
+        unit_decoder: as above.
+    """
+    decoder_sq = sums.acts_sq.double() * sums.pull_sq.double()
+    if unit_decoder:
+        decoder_sq = decoder_sq - sums.along_sq.double()
+    elif sums.norm_sq is not None and sums.norm_cross is not None:
+        decoder_sq = decoder_sq + 2 * sums.norm_cross.double() + sums.norm_sq.double()
+    encoder = input_norm.double() * sums.delta_sq.double().sqrt()
+    return {"W_enc": encoder, "W_dec": decoder_sq.clamp(min=0).sqrt()}
+
+
 class GradShare:
     """grad_share: a scope's sum ÷ the total of per-row gradient norms, for each named parameter; streaming."""
 
@@ -105,25 +126,40 @@ class GradShare:
 
 
 def group_gradient_projection(
-    group_gradients: Sequence[Mapping[str, Tensor] | None], total: Mapping[str, Tensor]
+    group_gradients: Sequence[Mapping[str, Tensor] | None], total: Mapping[str, Tensor], total_sq: float | None = None
 ) -> list[float | None]:
     """G_b = ⟨g_b, g⟩ / ‖g‖² for each group's gradient g_b; ΣG_b = 1 where the g_b add up to g.
 
     A negative G_b: the group's rows pull against the step that is taken.
 
     Args:
-        group_gradients: per group the gradients by parameter name of its rows' part of the batch loss, after the
-            decoder's projection and before clipping; None for a group without rows.
-        total: g, the gradients of the whole batch loss by the same names.
+        group_gradients: per group the gradients by parameter name of its rows' part of the batch loss, before clipping;
+            None for a group without rows. Whether the decoder's projection was taken of them does not matter: what it
+            removes is perpendicular to the projected whole.
+        total: g, the gradients of the whole batch loss by the same names, after the projection.
+        total_sq: ‖g‖², where it is known already.
 
     Returns:
         One number per group; None where g_b is None, or all None if g = 0.
     """
-    total_sq = _inner(total, total)
+    total_sq = squared_norm(total) if total_sq is None else total_sq
     return [None if g is None else ratio(_inner(g, total), total_sq) for g in group_gradients]
 
 
+def squared_norm(gradients: Mapping[str, Tensor]) -> float:
+    """‖g‖² over all parameters."""
+    return _inner(gradients, gradients)
+
+
 def _inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """Σ a·b over all parameters: along the last axis in memory in their own dtype, the rest in float64."""
     if a.keys() != b.keys():
         raise ValueError(f"gradients of {sorted(a)} cannot be compared with gradients of {sorted(b)}")
-    return sum(torch.dot(a[name].double().flatten(), b[name].double().flatten()).item() for name in a)
+    total = 0.0
+    for name, tensor in a.items():
+        x, y = in_memory_order(tensor), in_memory_order(b[name])
+        if x.shape != y.shape:  # laid out differently
+            x, y = tensor, b[name]
+        products = torch.linalg.vecdot(x, y) if x.ndim > 1 else x.double() * y.double()
+        total += products.double().sum().item()
+    return total

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from nsae_cli.metrics.undefined import ratio
+from nsae_cli.metrics.undefined import number, ratio
 
 # Below this variance of natural logs (a standard deviation of a millionth) values differ by their float32 rounding.
 MIN_LOG_VARIANCE = 1e-12
@@ -36,6 +38,26 @@ def measured_exponent(norm: Tensor, value: Tensor, mask: Tensor) -> float | None
     """
     taken = mask & (value > 0) & (norm > 0)
     return ols_slope(norm[taken].double().log(), value[taken].double().log())
+
+
+class MeasuredExponents:
+    """`measured_exponent` of several quantities, streaming: five float64 sums each."""
+
+    def __init__(self) -> None:
+        self._moments: dict[str, Tensor] = {}
+
+    def update(self, norm: Tensor, values: Mapping[str, Tensor], mask: Tensor) -> None:
+        """Adds rows: norm n [B], quantities [B] by name, rows to take bool [B]."""
+        log_norm = torch.where(mask & (norm > 0), norm, 1.0).double().log()
+        for name, value in values.items():
+            taken = mask & (norm > 0) & (value > 0)
+            x, y = log_norm[taken], value[taken].double().log()
+            sums = torch.stack([torch.ones_like(x).sum(), x.sum(), y.sum(), x.square().sum(), x @ y]).cpu()
+            self._moments[name] = self._moments[name] + sums if name in self._moments else sums
+
+    def compute(self) -> dict[str, float | None]:
+        """The exponent of each quantity; None where n does not vary over its rows."""
+        return {name: number(slope_of_moments(moments).item()) for name, moments in self._moments.items()}
 
 
 def slope_of_moments(moments: Tensor) -> Tensor:
