@@ -24,7 +24,7 @@ ARTIFACT_FILES = {
 }
 
 
-@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("kind", list(ARTIFACT_FILES))
 def test_artifacts_are_whole(finished: Path, kind: Kind) -> None:
     marks = [*(finished / kind.folder).glob(f"*/{kind.mark}"), *(finished / kind.folder).glob(f"*/*/{kind.mark}")]
     assert len(marks) == (2 if kind in (Kind.SAE, Kind.TOP_NORMS, Kind.EVAL) else 1)
@@ -57,7 +57,7 @@ def test_results_on_stdout_remarks_on_stderr(chain: Chain, store: str) -> None:
         if command != "collect":
             assert outcome.err.startswith("using the newest "), "the input that was chosen is said first"
             assert store in outcome.err.splitlines()[0]
-    for kind, command in ((kind, kind.command) for kind in Kind):
+    for kind, command in ((kind, kind.command) for kind in ARTIFACT_FILES):
         assert re.search(rf"^saved: .*{kind.folder}", outcomes[command].err, re.MULTILINE), outcomes[command].err
     assert "device cpu" in outcomes["collect"].err
     assert "figure: " in outcomes["norms"].err
@@ -198,7 +198,11 @@ def test_verbose_says_more(finished: Path) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [(), ("collect",), ("norms",), ("train",), ("analyze-top-norms",), ("eval",), ("run",), ("plot",), ("list",)],
+    [
+        (),
+        *((name,) for name in ("collect", "norms", "train", "analyze-top-norms", "eval")),
+        *((name,) for name in ("run", "plot", "report", "list")),
+    ],
 )
 def test_help_is_plain_and_whole(command: tuple[str, ...]) -> None:
     outcome = nsae(*command, "--help")

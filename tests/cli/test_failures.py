@@ -29,8 +29,16 @@ USAGE: list[tuple[str, list[str]]] = [
     ("train a b", ["extra argument", "b"]),
     ("train --act", ["--act", "requires an argument"]),
     ("run", ["CONFIG.yaml"]),
-    ("plot", ["activation, training"]),
+    ("plot", ["activation, training, bias, pareto, norms, top-norms"]),
     ("plot foo", ["'foo'", "'activation', 'training'"]),
+    ("plot norms --format gif", ["--format gif", "png, svg, pdf"]),
+    ("plot norms --format png,", ["--format png,", "comma list"]),
+    ("plot norms a b", ["a b", "one at a time"]),
+    ("report --browse none --browse x", ["--browse none", "--browse x"]),
+    ("report --text --name x", ["--text", "--name x"]),
+    ("report --rows 0", ["--rows 0", "more than 0"]),
+    ("report --rows few", ["--rows few", "a number"]),
+    ("report --contexts 51", ["--contexts 51", "at most 50"]),
     ("plot activation x", ["nsae plot training x"]),
     # choices: the known values are listed
     ("train --act gelu", ["--act gelu", "relu, tanh-relu, topk, batchtopk or jumprelu"]),
@@ -122,6 +130,9 @@ USAGE: list[tuple[str, list[str]]] = [
     ("analyze-top-norms nope", ["'nope'", "there are: "]),
     ("analyze-top-norms --activations nope", ["'nope'", "there are: {store}"]),
     ("plot training nope", ["'nope'", "there are: "]),
+    ("plot pareto nope", ["'nope'", "there are: "]),
+    ("report nope", ["'nope'", "there are: "]),
+    ("report --browse nope", ["'nope'", "there are: "]),
     ("train --name a/b", ["--name 'a/b'", "letters, digits"]),
     ("train --name ..", ["--name '..'"]),
     ("norms --name -x", ["--name '-x'"]),
@@ -299,6 +310,25 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], None], str, list[str]]] = {
     ),
     "metrics.jsonl torn": (
         "saes/*/L2-relu/metrics.jsonl", lambda p: p.write_text('{"step": '), "plot training", ["metrics.jsonl"]
+    ),
+    "metrics.jsonl gone": ("saes/*/L2-relu/metrics.jsonl", Path.unlink, "report --browse none", ["metrics.jsonl"]),
+    "metrics.jsonl holds a number": (
+        "saes/*/L2-relu/metrics.jsonl", lambda p: p.write_text("3\n"), "plot bias", ["metrics.jsonl", "train"]
+    ),
+    "run.json lacks its metrics": (
+        "saes/*/L2-relu/run.json", lambda p: _edit(p, metrics=None), "report --browse none", ["run.json", "metrics"]
+    ),
+    "run.json's configuration is a number": (
+        "saes/*/L2-relu/run.json", lambda p: _edit(p, config=3), "plot pareto", ["run.json", "config"]
+    ),
+    "histogram of norms torn": (
+        "norms/*/norms.safetensors", lambda p: p.write_bytes(p.read_bytes()[:100]), "plot norms", ["norms.safetensors"]
+    ),
+    "rows of the top norms gone": (
+        "top-norms/*L2-relu/top_norms.safetensors", Path.unlink, "report --browse none", ["top_norms.safetensors"]
+    ),
+    "top_norms.json lacks its groups": (
+        "top-norms/*L2-relu/top_norms.json", lambda p: _edit(p, groups=None), "report --browse none", ["groups"]
     ),
 }  # fmt: skip
 

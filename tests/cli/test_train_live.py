@@ -37,8 +37,8 @@ def test_no_activations_are_written(live: Path) -> None:
 
 def test_the_other_commands_know_what_it_was_trained_on(live: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     captions: list[str] = []
-    monkeypatch.setattr("nsae_cli.analysis.plots.training_curves", lambda _, caption: captions.append(caption))
-    monkeypatch.setattr("nsae_cli.analysis.plots.save_png", lambda _, path: None)
+    monkeypatch.setattr("nsae_cli.report.figures.training_curves", lambda _, caption: captions.append(caption))
+    monkeypatch.setattr("nsae_cli.report.figures.save_figure", lambda figure, path, formats: [])
     assert nsae("--workspace", live, "plot", "training").code == 0
     assert captions[0].startswith("mini-sink on builtin, live, context 128")
     assert "blocks.2.hook_resid_post, 48 features" in nsae("--workspace", live, "list").out

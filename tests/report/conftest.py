@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nsae_cli.report.page_content import FeaturesContent, NormsContent, ReportContent, SaeContent
+
 MEDIANS = (50, 57, 61, 66, 71, 78, 87, 101, 119, 150, 219, 456)
 SINK_NORMS = (141, 637, 2570, 2757, 2908, 3002, 3058, 3092, 3113, 3124, 3125, 384)
 ALPHA_EFF = {
@@ -177,3 +179,83 @@ def run_of() -> Callable[..., dict[str, Any]]:
 @pytest.fixture(scope="session")
 def training_rows_of() -> Callable[..., list[dict[str, Any]]]:
     return make_training_rows
+
+
+#: Tokens as a tokenizer of a stranger could hold them.
+HOSTILE = (
+    "</script><script>window.attacked = 1</script>", '"><img src=x onerror="window.attacked = 2">',
+    "'quoted' \"twice\"",
+    "\u202eesrever", "\x00", "\U0001f980\u200d\U0001f525", "<!--", "\u2028", "&lt;b&gt;", "\ud800", "@@data@@",
+    "\n", "",
+)  # fmt: skip
+
+
+def make_features(
+    d_sae: int = 40, kept: int = 10, *, name: str = "gpt2-L6/L6-relu-none", vocabulary: tuple[str, ...] = HOSTILE
+) -> FeaturesContent:
+    """features.json and its arrays: feature 0 never fires, feature 1 on sinks; mass falls with the number."""
+    random = np.random.default_rng(d_sae)
+    width, before = 25, 16
+    texts = {str(token): text for token, text in enumerate((*vocabulary, *(f" word{n}" for n in range(200))))}
+    density = random.uniform(1e-4, 0.2, d_sae)
+    density[0] = 0
+    top_act = -np.sort(-random.uniform(0.5, 9, (d_sae, kept)), axis=1)
+    acts = random.uniform(0, 1, (d_sae, kept, width)) * (random.uniform(size=(d_sae, kept, width)) < 0.3)
+    acts = acts * top_act[:, :, None]
+    acts[:, :, before] = top_act
+    rows = random.integers(0, 2_000_000, (d_sae, kept))
+    rows[0], top_act[0] = -1, 0
+    inside = np.ones((d_sae, kept, width), dtype=bool)
+    inside[:, 1, :10] = False
+    document = {
+        "format_version": 1, "sae": {"name": name, "weights_sha256": {}}, "activations": {"name": "gpt2-3f9a1c"},
+        "hook": "blocks.6.hook_resid_post", "context_size": 128, "packing": True, "bos": True, "d_sae": d_sae,
+        "rows": 100_000, "sink_rows": 781, "dead": 1, "has_tokens": True, "window": {"before": before, "after": 8},
+        "logits": {"listed": 8, "final_scale": 12.5}, "tokens": texts,
+    }  # fmt: skip
+    listed = random.integers(0, len(texts), (2, d_sae, 8)).astype(np.int32)
+    arrays = {
+        "density": density.astype(np.float32), "mass": np.linspace(1000, 1, d_sae) * (density > 0),
+        "mean_act": random.uniform(0.1, 3, d_sae).astype(np.float32),
+        "sink_share": np.where(np.arange(d_sae) == 1, 0.97, 0.01).astype(np.float32),
+        "norm_correlation": random.uniform(-0.5, 0.5, d_sae).astype(np.float32),
+        "decoder_norm": random.uniform(0.5, 2, d_sae).astype(np.float32), "top_act": top_act.astype(np.float32),
+        "top_row": rows, "window_acts": acts.astype(np.float32), "window_inside": inside,
+        "window_tokens": (np.arange(d_sae * kept * width).reshape(d_sae, kept, width) % len(texts)).astype(np.int32),
+        "raised": listed[0], "raised_by": np.linspace(2, 1, 8) * np.ones((d_sae, 1)),
+        "lowered": listed[1], "lowered_by": -np.linspace(2, 1, 8) * np.ones((d_sae, 1)),
+    }  # fmt: skip
+    return FeaturesContent(document, arrays)
+
+
+def make_content(saes: int = 4, features: int = 1, d_sae: int = 40) -> ReportContent:
+    """A page with everything on it, names and tokens of a stranger's among them."""
+    norms, arrays = make_norms()
+    found = []
+    for place in range(saes):
+        act, l2_norm = (("relu", "none"), ("relu", "sq"), ("tanh-relu", "none"))[place % 3]
+        name = f"gpt2-L6/L6-{act}-{l2_norm}-{place}" if place else "gpt2-L6/<b>bold</b>"
+        run = make_run(act, l2_norm, alpha=0.1 * (place + 1))
+        run["metrics"]["ns"] |= {"l0": 80.0 / (place + 1), "fvu_p0": 0.05 * (place + 1), "mre": 0.06 * (place + 1)}
+        evaluation = {"behaviour": {"delta_ce_ns": {"value": 0.02 * (place + 1), "low": 0, "high": 1}}}
+        analysed = make_top_norms(name) if place < 2 else None
+        found.append(SaeContent(name, run, make_training_rows(seed=place), analysed, evaluation))
+    table = {"format_version": 1, "arms": ["a"], "rows": [{"arm": "a <i>", "l0": 8, "fvu": {"mean": 0.2, "sd": None}}]}
+    return ReportContent(
+        title="Norm bias in <test> & co",
+        norms=[NormsContent("gpt2", norms, arrays)],
+        saes=found,
+        tables=[("main", table)],
+        features=[make_features(d_sae, name=f"gpt2-L6/{number}") for number in range(features)],
+        missing=["nothing: `nsae norms` measures it"],
+    )
+
+
+@pytest.fixture(scope="session")
+def content_of() -> Callable[..., ReportContent]:
+    return make_content
+
+
+@pytest.fixture(scope="session")
+def features_of() -> Callable[..., FeaturesContent]:
+    return make_features

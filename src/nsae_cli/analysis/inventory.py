@@ -43,6 +43,8 @@ def _detail(artifact: Artifact) -> str | None:
         if artifact.kind is Kind.SAE:
             l0 = document["metrics"]["ns"]["l0"]
             return f"{document['hook']}, {document['d_sae']} features" + ("" if l0 is None else f", L0 {l0:.3g}")
+        if artifact.kind is Kind.FEATURES:
+            return f"{document['d_sae']} features of {document['sae']['name']}"
         if artifact.kind is Kind.AUDIT:
             return f"{document['rows']['rows']:,} rows at {document['hook']}, {document['sae']['name']}"
         if artifact.kind is Kind.EVAL:

@@ -103,7 +103,7 @@ def _analyse(
     reporter: Reporter,
 ) -> TopNormsArtifact:
     saved = load_sae(sae.path)
-    store = _store_of(saved, activations, workspace)
+    store = store_of(saved, activations, workspace)
     check_fit(saved, store)
     folder = workspace.folder(Kind.TOP_NORMS, name)
     artifact = Artifact(Kind.TOP_NORMS, name, folder)
@@ -143,7 +143,13 @@ def _difference(document: dict[str, Any], wanted: dict[str, Any]) -> str:
     return describe_changes(document["options"], wanted["options"])
 
 
-def _store_of(saved: SavedSae, activations: str | None, workspace: Workspace) -> ActivationStore:
+def store_of(saved: SavedSae, activations: str | None, workspace: Workspace) -> ActivationStore:
+    """The store to measure an SAE on: the one that is named, else the one that it was trained on.
+
+    Raises:
+        UsageError: it is not in the workspace, or the SAE was trained on no store.
+        ArtifactError: it is damaged, or has changed since.
+    """
     if activations is not None:
         [artifact] = workspace.find(Kind.ACTIVATIONS, activations)
         return open_activations(artifact.path)
@@ -180,14 +186,19 @@ def _draw_together(
     if all(result.already_complete for result in results) and all(path.is_file() for path in paths):
         return paths
     loaded: list[tuple[str, dict[str, np.ndarray], dict[str, Any]]] = [
-        (sae.path.name, _load_rows(result.artifact), result.document) for sae, result in zip(saes, results, strict=True)
+        (sae.path.name, load_rows(result.artifact), result.document) for sae, result in zip(saes, results, strict=True)
     ]
     save_png(compare_histograms(loaded, "l0"), paths[0])
     save_png(compare_histograms(loaded, "l1"), paths[1])
     return paths
 
 
-def _load_rows(artifact: Artifact) -> dict[str, np.ndarray]:
+def load_rows(artifact: Artifact) -> dict[str, np.ndarray]:
+    """The tensors of top_norms.safetensors.
+
+    Raises:
+        ArtifactError: not readable.
+    """
     path = artifact.path / "top_norms.safetensors"
     try:
         return load_file(path, backend="pread")

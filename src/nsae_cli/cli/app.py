@@ -23,6 +23,7 @@ from nsae_cli.cli import (
     list_,
     norms,
     plot,
+    report,
     run,
     train,
 )
@@ -60,6 +61,7 @@ app.command("audit")(audit.command)
 app.command("compare")(compare.command)
 app.command("run")(run.command)
 app.command("plot")(plot.command)
+app.command("report")(report.command)
 app.command("bench")(bench.command)
 app.command("list")(list_.command)
 

@@ -13,10 +13,14 @@ from nsae_cli.errors import UsageError
 
 
 class What(StrEnum):
-    """What can be drawn."""
+    """What can be drawn; `analysis.plots.SUBJECTS` draws it."""
 
     activation = "activation"
     training = "training"
+    bias = "bias"
+    pareto = "pareto"
+    norms = "norms"
+    top_norms = "top-norms"
 
 
 def command(
@@ -25,25 +29,33 @@ def command(
         What,
         typer.Argument(
             metavar="WHAT",
-            help="activation: relu and tanh-relu with their derivatives; training: curves of SAEs.",
+            help="activation: relu and tanh-relu with their derivatives; training: curves of SAEs; bias: norm bias per "
+            "bin over training; pareto: L0 against errors; norms: heat maps; top-norms: L0 and L1 histograms.",
         ),
     ],
-    saes: Annotated[
-        list[str] | None, typer.Argument(metavar="SAE", help="For training: SAEs or groups [default: the newest].")
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME", help="SAEs or groups, for norms what nsae norms made [default: the newest]."),
     ] = None,
+    format: Annotated[str, typer.Option("--format", metavar="png|svg|pdf", help="File formats, a comma list.")] = "png",
     name: Name = None,
 ) -> None:
-    """Draw a figure that belongs to no other artifact.
+    """Draw figures for papers and talks.
 
-    Writes plots/NAME.png in the workspace; without --name NAME is activation, or the SAE's or group's name.
+    Writes plots/NAME.png in the workspace and prints its path; norms and top-norms are two figures each. Without
+    --name NAME is made from what is drawn. The same data give the same bytes.
     """
-    from nsae_cli.analysis.plots import draw_activation, draw_training
+    from nsae_cli.analysis.plots import draw
+    from nsae_cli.report.figures import FORMATS
+    from nsae_cli.values import split_list
 
     session = session_of(context)
-    if what is What.activation:
-        if saes:
-            raise UsageError(f"plot activation draws no SAE; did you mean `nsae plot training {' '.join(saes)}`?")
-        path = draw_activation(session.workspace, name)
-    else:
-        path = draw_training(saes or [], session.workspace, name, session.reporter)
-    session.finish_file("plot", path)
+    try:
+        formats = split_list(format)
+        unknown = next((one for one in formats if one not in FORMATS), None)
+    except ValueError as error:
+        raise UsageError(f"--format {format}: {error}") from error
+    if unknown is not None:
+        raise UsageError(f"--format {unknown}: expected {', '.join(FORMATS)}, or several of these")
+    paths = draw(what.value, names or [], formats, session.workspace, name, session.reporter)
+    session.finish_files("plot", paths)

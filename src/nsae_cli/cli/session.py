@@ -71,12 +71,16 @@ class Session:
 
     def finish_file(self, command: str, path: Path) -> None:
         """Prints the path of a file that is no artifact of its own."""
+        self.finish_files(command, [path])
+
+    def finish_files(self, command: str, paths: list[Path]) -> None:
+        """Prints the paths of files that are no artifacts of their own, a line each."""
         if self.json:
-            print_json(
-                {"command": command, "artifact": {"kind": "file", "name": path.name, "path": str(path)}, "result": None}
-            )
+            described = [{"kind": "file", "name": path.name, "path": str(path)} for path in paths]
+            artifact = described[0] if len(described) == 1 else described
+            print_json({"command": command, "artifact": artifact, "result": None})
         else:
-            print_text(str(path))
+            print_text("\n".join(str(path) for path in paths))
 
     def finish_measurement(self, command: str, result: dict[str, Any], show: Callable[[], RenderableType]) -> None:
         """Prints a result that is no artifact."""

@@ -20,6 +20,7 @@ class Family:
     blocks: str
     token_embedding: str
     position_embedding: str
+    final_norm: str
     n_layers: str
     d_model: str
     max_context: str
@@ -31,6 +32,7 @@ FAMILIES: dict[str, Family] = {
         blocks="h",
         token_embedding="wte",
         position_embedding="wpe",
+        final_norm="ln_f",
         n_layers="n_layer",
         d_model="n_embd",
         max_context="n_positions",

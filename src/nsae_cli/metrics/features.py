@@ -73,6 +73,18 @@ class FeatureAccumulator:
         """Rows on which a feature fires ÷ rows seen (at least 1): float64 [d_sae]."""
         return self._fired.sum(0).double() / self._rows.sum().clamp(min=1)
 
+    def mass(self) -> Tensor:
+        """Σ f_i over all rows: float64 [d_sae]."""
+        return self._mass.sum(0)
+
+    def mean_act(self) -> Tensor:
+        """Σ f_i ÷ rows on which the feature fires; 0 of one that never does: float64 [d_sae]."""
+        return self._mass.sum(0) / self._fired.sum(0).clamp(min=1)
+
+    def sink_share(self) -> Tensor:
+        """Σ_S f_i ÷ Σ_all f_i, the share of a feature's activation mass on sinks; NaN without any: float64 [d_sae]."""
+        return self._mass[SINKS] / self._mass.sum(0)
+
     def sink_features(self) -> Tensor:
         """Features that fire, with Σ_S f_i > .9 · Σ_all f_i: bool [d_sae]."""
         return self._mass[SINKS] > SINK_MASS * self._mass.sum(0)

@@ -13,7 +13,7 @@ import os
 import textwrap
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,12 @@ SERIES = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK)
 DASHES = ("solid", (0, (5, 1.5)), (0, (1, 1)))
 
 DPI = 150
+#: Formats of a figure, with what is kept out of the file: its date and the program's version.
+FORMATS: dict[str, dict[str, Any]] = {
+    "png": {"Software": None},
+    "svg": {"Date": None, "Creator": None},
+    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+}
 _BASE_SIZE = 9.5
 _SETTINGS: dict[str, Any] = {
     "font.family": "DejaVu Sans",
@@ -63,6 +69,9 @@ _SETTINGS: dict[str, Any] = {
     "text.parse_math": False,
     "text.usetex": False,
     "path.simplify": True,
+    # Text stays text in SVG, and fonts stay editable in PDF.
+    "svg.fonttype": "none",
+    "pdf.fonttype": 42,
 }
 #: Settings of the process rather than of a figure.
 _NOT_LOOK = (
@@ -148,24 +157,52 @@ def plain_tick(value: float, _position: int | None = None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1 and float(value).is_integer() else f"{value:.6g}"
 
 
-def png_bytes(figure: Figure) -> bytes:
-    """The figure as a PNG: no date, no software name; the same figure gives the same bytes."""
+def figure_bytes(figure: Figure, form: str) -> bytes:
+    """The figure as a PNG, SVG or PDF: no date and no random id; the same figure gives the same bytes.
+
+    Args:
+        form: one of `FORMATS`.
+    """
     buffer = io.BytesIO()
-    with house_style(), warnings.catch_warnings():
+    with house_style(), warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": "nsae"}):
         # A model's or SAE's name may hold characters that the font lacks: a box in the title is no reason to fail.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+        figure.savefig(buffer, format=form, dpi=DPI, metadata=FORMATS[form])
     return buffer.getvalue()
 
 
+def png_bytes(figure: Figure) -> bytes:
+    """The figure as a PNG; see `figure_bytes`."""
+    return figure_bytes(figure, "png")
+
+
 def save_png(figure: Figure, path: str | Path) -> None:
-    """Writes the figure, whole or not at all: a temporary name in the same folder, then a rename.
+    """Writes the figure as a PNG, whole or not at all.
 
     Raises:
         ResourceError: the folder is missing, not writable or full.
     """
-    path = Path(path)
-    content = png_bytes(figure)
+    _write(Path(path), png_bytes(figure))
+
+
+def save_figure(figure: Figure, path: Path, formats: Sequence[str]) -> list[Path]:
+    """Writes the figure in each format, whole or not at all; returns the files.
+
+    Args:
+        path: without a suffix.
+        formats: of `FORMATS`.
+
+    Raises:
+        ResourceError: the folder is missing, not writable or full.
+    """
+    files = [path.parent / f"{path.name}.{form}" for form in formats]
+    for form, file in zip(formats, files, strict=True):
+        _write(file, figure_bytes(figure, form))
+    return files
+
+
+def _write(path: Path, content: bytes) -> None:
+    """A temporary name in the same folder, then a rename."""
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         with temporary.open("wb") as file:

@@ -4,6 +4,7 @@ from nsae_cli.report.audit_table import audit_table
 from nsae_cli.report.bench_table import bench_table
 from nsae_cli.report.comparison_tables import comparison_table
 from nsae_cli.report.eval_tables import eval_findings, eval_table
+from nsae_cli.report.feature_tables import features_table
 from nsae_cli.report.norm_tables import norms_table
 from nsae_cli.report.top_norm_tables import top_norms_findings, top_norms_table
 from nsae_cli.report.train_tables import train_table
@@ -15,6 +16,7 @@ __all__ = [
     "comparison_table",
     "eval_findings",
     "eval_table",
+    "features_table",
     "norms_table",
     "top_norms_findings",
     "top_norms_table",

@@ -150,6 +150,27 @@ def _histogram(
     return figure
 
 
+def binned_groups(arrays: Mapping[str, np.ndarray], quantity: Quantity) -> dict[str, Any]:
+    """The histogram as numbers, for a page: `edges` (of log10 where `log`), `counts` per group, `ticks`.
+
+    Where `log` and some values are 0, the first bin holds the zeros and the second is an empty gap.
+    """
+    values, codes = np.asarray(arrays[quantity]), np.asarray(arrays["group"])
+    bins = _make_bins([values], whole=quantity == "l0")
+    edges = _drawn_edges(bins)
+    drawn = np.log10(edges) if bins.log else edges
+    at = _log_tick_values(bins, edges) if bins.log else None
+    return {
+        "log": bins.log,
+        "zeros": bins.zeros,
+        "edges": [float(f"{edge:.5g}") for edge in drawn],
+        "counts": {part.key: _counts(values[codes == part.code], bins).tolist() for part in _PARTS["group"]},
+        "ticks": None
+        if at is None
+        else {"at": [round(float(np.log10(tick)), 5) for tick, _ in at], "text": [text for _, text in at]},
+    }
+
+
 def _make_bins(values: Sequence[np.ndarray], *, whole: bool) -> _Bins:
     """Common bins for all SAEs of a figure: linear, or logarithmic where the values span more than `WIDE_RANGE`.
 
@@ -223,21 +244,25 @@ def _log_axis(axes: Axes, bins: _Bins, edges: np.ndarray) -> None:
     margin = (edges[-1] / edges[0]) ** 0.015
     axes.set_xlim(edges[0] / margin, edges[-1] * margin)
     axes.xaxis.set_minor_locator(NullLocator())
+    ticks = dict(_log_tick_values(bins, edges))
+    axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: next((text for at, text in ticks.items() if abs(value / at - 1) < 1e-6), ""))
+    )
+
+
+def _log_tick_values(bins: _Bins, edges: np.ndarray) -> list[tuple[float, str]]:
+    """Where the log axis is labelled, and with what; the zeros' bin with 0."""
     decades = np.log10(bins.edges[-1] / bins.edges[0])
     subs = (1.0, 2.0, 5.0) if decades < 2.2 else (1.0, 3.0) if decades < 3.4 else (1.0,)
-    ticks = [tick for tick in LogLocator(subs=subs, numticks=30).tick_values(bins.edges[0], bins.edges[-1])
+    ticks = [float(tick) for tick in LogLocator(subs=subs, numticks=30).tick_values(bins.edges[0], bins.edges[-1])
              if bins.edges[0] <= tick <= bins.edges[-1]]  # fmt: skip
     if not bins.zeros:
-        axes.xaxis.set_major_locator(FixedLocator(ticks))
-        axes.xaxis.set_major_formatter(FuncFormatter(plain_tick))
-        return
+        return [(tick, plain_tick(tick)) for tick in ticks]
     zero = float(np.sqrt(edges[0] * edges[1]))
     # The first labelled value keeps clear of the "0" of the zeros' bin.
-    ticks = [tick for tick in ticks if tick / zero > (edges[-1] / edges[0]) ** 0.05]
-    axes.xaxis.set_major_locator(FixedLocator([zero, *ticks]))
-    axes.xaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: "0" if abs(value / zero - 1) < 1e-6 else plain_tick(value))
-    )
+    kept = [tick for tick in ticks if tick / zero > (edges[-1] / edges[0]) ** 0.05]
+    return [(zero, "0"), *((tick, plain_tick(tick)) for tick in kept)]
 
 
 def _finish_y(axes: Axes, log: bool, highest: float) -> None:

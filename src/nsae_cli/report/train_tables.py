@@ -47,11 +47,7 @@ def train_table(
     keys = [Column("name", names)] if names else []
     layers = [fmt.layer_of(run.get("hook")) for run in runs]
     keys.append(Column("layer", [fmt.MISSING if layer is None else str(layer) for layer in layers]))
-    keys += [Column("act", _option(runs, "act")), Column("l2-norm", _option(runs, "l2_norm"))]
-    for key, heading in _VARYING:
-        cells = _option(runs, key)
-        if len(set(cells)) > 1 and not (key == "decoder" and _usual_decoders(runs)):
-            keys.append(Column(heading, cells))
+    keys += [Column(heading, [_plain(value) for value in values]) for heading, values in varying_options(runs)]
     groups = [
         [Column("L0\nns", _metric(runs, "ns", "l0")), *_targets(runs), Column("\nsinks", _metric(runs, "sinks", "l0"))],
         [Column("FVU\nns", _metric(runs, "ns", "fvu_p0"))],
@@ -81,6 +77,16 @@ def train_table(
     title = " ".join(part for part in ("Trained SAEs" if len(runs) > 1 else "Trained SAE", shared) if part)
     table = WideTable(keys, groups, title=title, note=note, repeated=1 if names else None)
     return Group(table, Text(" · ".join(extra), style="dim")) if extra else table
+
+
+def varying_options(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]]:
+    """(name, value per run) of activation and ``--l2-norm``, then of every option in which the runs differ."""
+    found = [("act", _option(runs, "act")), ("l2-norm", _option(runs, "l2_norm"))]
+    for key, heading in _VARYING:
+        values = _option(runs, key)
+        if len({_plain(value) for value in values}) > 1 and not (key == "decoder" and _usual_decoders(runs)):
+            found.append((heading, values))
+    return found
 
 
 def _split(labels: Sequence[str] | None) -> tuple[str, list[str]]:
@@ -113,10 +119,8 @@ def _usual_decoders(runs: Sequence[Mapping[str, Any]]) -> bool:
     return set(zip(_option(runs, "act"), _option(runs, "decoder"), strict=True)) <= usual
 
 
-def _option(runs: Sequence[Mapping[str, Any]], key: str) -> list[str]:
-    return [
-        _plain((run.get("config") or {}).get(key, run.get(key) if key in ("d_sae", "alpha") else None)) for run in runs
-    ]
+def _option(runs: Sequence[Mapping[str, Any]], key: str) -> list[Any]:
+    return [(run.get("config") or {}).get(key, run.get(key) if key in ("d_sae", "alpha") else None) for run in runs]
 
 
 def _plain(value: Any) -> str:

@@ -46,15 +46,15 @@ def training_curves(saes: Sequence[tuple[str, Rows]], caption: str = "") -> Figu
         loss, l0, fvu, bias = grid.flat
         for place, (label, rows) in enumerate(saes):
             look = {"color": SERIES[place % len(SERIES)], "linestyle": DASHES[(place // len(SERIES)) % len(DASHES)]}
-            tokens = _series(rows, "tokens")
+            tokens = series(rows, "tokens")
             for axes, key in ((loss, "loss"), (l0, "l0_ns"), (fvu, "fvu_ns")):
-                axes.plot(tokens, _series(rows, key), linewidth=1.5, label=label, **look)
+                axes.plot(tokens, series(rows, key), linewidth=1.5, label=label, **look)
             if many:
-                ratios = _bias(rows)
+                ratios = bias_table(rows)
                 bias.plot(tokens, ratios[:, 0], linewidth=1.5, **look)
                 bias.plot(tokens, ratios[:, -1], linewidth=1.5, color=look["color"], linestyle=(0, (1, 1.2)))
             else:
-                _draw_bins(bias, tokens, _bias(rows))
+                draw_bins(bias, tokens, bias_table(rows))
         loss.set_title("loss (each SAE's own objective)" if many else "loss")
         l0.set_title("L0, non-sink tokens (active features per token)")
         fvu.set_title("FVU, non-sink tokens (1 = predicting the mean)")
@@ -63,10 +63,10 @@ def training_curves(saes: Sequence[tuple[str, Rows]], caption: str = "") -> Figu
         )
         bias.axhline(1, color=FAINT, linewidth=0.8, zorder=0)
         for axes in (loss, l0, fvu, bias):
-            _log_where_positive(axes)
+            log_where_positive([axes])
         for axes in (fvu, bias):
             axes.set_xlabel("training tokens")
-            axes.xaxis.set_major_formatter(FuncFormatter(_tokens_tick))
+            axes.xaxis.set_major_formatter(FuncFormatter(tokens_tick))
         if many:
             figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=3, handlelength=2)
         else:
@@ -76,11 +76,12 @@ def training_curves(saes: Sequence[tuple[str, Rows]], caption: str = "") -> Figu
     return figure
 
 
-def _series(rows: Rows, key: str) -> np.ndarray:
+def series(rows: Rows, key: str) -> np.ndarray:
+    """A column of metrics.jsonl, NaN where it is null: [rows]."""
     return np.array([np.nan if row.get(key) is None else row[key] for row in rows], dtype=np.float64)
 
 
-def _bias(rows: Rows) -> np.ndarray:
+def bias_table(rows: Rows) -> np.ndarray:
     """[rows, 11]: sinks, then the norm bins from lowest to highest."""
     table = np.full((len(rows), 11), np.nan)
     for place, row in enumerate(rows):
@@ -92,7 +93,8 @@ def _bias(rows: Rows) -> np.ndarray:
     return table
 
 
-def _draw_bins(axes: Axes, tokens: np.ndarray, ratios: np.ndarray) -> None:
+def draw_bins(axes: Axes, tokens: np.ndarray, ratios: np.ndarray) -> None:
+    """A line per norm bin and, where they have values, the sinks'."""
     shades = colormaps["viridis"](np.linspace(0.05, 0.92, 10))
     names = {0: "bin 0 (lowest norms)", 9: "bin 9 (highest norms)"}
     for place in range(10):
@@ -101,19 +103,21 @@ def _draw_bins(axes: Axes, tokens: np.ndarray, ratios: np.ndarray) -> None:
         axes.plot(tokens, ratios[:, 0], linewidth=2, color=VERMILION, label="sinks")
 
 
-def _log_where_positive(axes: Axes) -> None:
-    """A log y-axis where every value is positive and they span more than a factor of 3."""
-    drawn = [np.asarray(line.get_ydata(), dtype=np.float64) for line in axes.lines]
+def log_where_positive(panels: Sequence[Axes]) -> None:
+    """Log y-axes where every value in the panels is positive and they span more than a factor of 3."""
+    drawn = [np.asarray(line.get_ydata(), dtype=np.float64) for axes in panels for line in axes.lines]
     values = np.concatenate(drawn) if drawn else np.array([])
     values = values[np.isfinite(values)]
-    if values.size and values.min() > 0 and values.max() / values.min() > 3:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(log_ticks(values.min(), values.max()))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(FuncFormatter(plain_tick))
+    for axes in panels:
+        if values.size and values.min() > 0 and values.max() / values.min() > 3:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(log_ticks(values.min(), values.max()))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(FuncFormatter(plain_tick))
 
 
-def _tokens_tick(value: float, _position: int | None = None) -> str:
+def tokens_tick(value: float, _position: int | None = None) -> str:
+    """A tick of training tokens: 500k, 2M."""
     if abs(value) >= 1e9:
         return f"{value / 1e9:g}B"
     if abs(value) >= 1e6:

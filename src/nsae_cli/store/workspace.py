@@ -27,6 +27,7 @@ class Kind(Enum):
     SAE = ("saes", "run.json", "train")
     TOP_NORMS = ("top-norms", "top_norms.json", "analyze-top-norms")
     EVAL = ("evals", "eval.json", "eval")
+    FEATURES = ("features", "features.json", "report")
     TABLE = ("tables", "table.json", "compare")
     AUDIT = ("audits", "audit.json", "audit")
 
