@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -390,3 +391,39 @@ def test_rows_that_differ_from_the_training_s_are_noted(tmp_path: Path) -> None:
     write_sae(tmp_path, "g/0", ns={"fvu_p0": 0.2})
     write_eval(tmp_path, "g/0", fvu=0.25)
     assert "Evaluated rows are others" in " ".join(compared(tmp_path)["notes"])
+
+
+def test_an_arm_without_sinks_is_compared_with_itself_trained_on_them(tmp_path: Path) -> None:
+    for seed, (kept, dropped) in enumerate([(0.20, 0.19), (0.21, 0.20), (0.20, 0.19)]):
+        for sinks, fvu in (("keep", kept), ("drop", dropped)):
+            name = f"g/{sinks}-{seed}"
+            write_sae(tmp_path, name, config={"sinks": sinks, "seed": seed}, ns={"fvu_p0": fvu})
+            write_eval(tmp_path, name, fvu=fvu)
+    document = compared(tmp_path)
+    kept_group, dropped_group = document["groups"]
+    assert (
+        "Trained without sinks, FVU of ordinary tokens against the same with sinks: relu p=0 1 better (−4.9 %)."
+        in document["conclusion"]
+    )
+    assert (kept_group["sinks"], dropped_group["sinks"]) == ("keep", "drop")
+    assert kept_group["rows"][0]["comparisons"] == []
+    [found] = dropped_group["rows"][0]["comparisons"]
+    assert (found["kind"], found["with"], found["seeds"]) == ("sinks kept", "relu p=0, sinks kept", [0, 1, 2])
+    assert found["metrics"]["fvu_p0_ns"]["difference"] == pytest.approx(-0.01)
+    assert found["metrics"]["fvu_p0_ns"]["mark"] == "better"
+
+
+def test_delta_ce_by_bin_is_the_mean_over_the_seeds_that_have_it(tmp_path: Path) -> None:
+    for seed, values in enumerate([range(11), range(2, 13), None]):
+        write_sae(tmp_path, f"g/{seed}", config={"seed": seed})
+        write_eval(tmp_path, f"g/{seed}")
+        mark = tmp_path / "evals" / f"g-{seed}" / "eval.json"
+        document = json.loads(mark.read_text())
+        if values is not None:
+            parts = [{"rows": 5, "delta_ce": {"value": value / 100, "low": None, "high": None}} for value in values]
+            document["behaviour"] |= {"bins": parts[:10], "sinks": parts[10]}
+            mark.write_text(json.dumps(document))
+    by_bin = row(compared(tmp_path), P0)["delta_ce_by_bin"]
+    assert [part["mean"] for part in by_bin] == pytest.approx([(number + 1) / 100 for number in range(11)])
+    assert by_bin[3]["sd"] == pytest.approx(2**0.5 / 100)
+    assert "| relu p=0 | 8 | 10.0 | 20.0 |" in (tmp_path / "tables" / "t" / "table.md").read_text()

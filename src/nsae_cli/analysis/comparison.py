@@ -111,6 +111,8 @@ class Comparison:
             "by_seed": {str(seed): value for seed, value in nbi_rel(group, row).items()},
         }
         compared = [self.compare_rows(row, other, kind) for kind, other in self._baselines(group, row)]
+        if (kept := self._with_sinks_kept(group, row)) is not None:
+            compared.append(self.compare_rows(row, kept, "sinks kept"))
         return {
             "arm": row.arm.name,
             "level": row.level.label,
@@ -119,6 +121,7 @@ class Comparison:
             "seeds": sorted(row.by_seed),
             "saes": [row.by_seed[seed].name for seed in sorted(row.by_seed)],
             "metrics": metrics,
+            "delta_ce_by_bin": _by_bin(row),
             "comparisons": compared,
         }
 
@@ -132,12 +135,28 @@ class Comparison:
                 found.setdefault(id(other), ("baseline", other))
         return list(found.values())
 
+    def _with_sinks_kept(self, group: Group, row: Row) -> Row | None:
+        """The same arm and target trained with sinks, for one that was trained without."""
+        if group.sinks != "drop" or row.level.target_l0 is None:
+            return None
+        for other in self.groups:
+            where = (other.data, other.version, other.hook, other.sinks)
+            if where == (group.data, group.version, group.hook, "keep"):
+                return other.find(row.arm, row.level)
+        return None
+
     def compare_rows(self, row: Row, other: Row, kind: str = "") -> dict[str, Any]:
-        """Paired differences row − other over the seeds whose non-sink L0 match."""
+        """Paired differences row − other over the seeds whose non-sink L0 match.
+
+        Args:
+            row: what is compared.
+            other: with what.
+            kind: why: ``p=0``, ``baseline``, or ``sinks kept``, where `other` was trained with sinks and `row` without.
+        """
         common = sorted(row.by_seed.keys() & other.by_seed.keys())
         seeds = [seed for seed in common if matched_l0(row.by_seed[seed], other.by_seed[seed])]
         result: dict[str, Any] = {
-            "with": other.arm.name,
+            "with": f"{other.arm.name}, sinks kept" if kind == "sinks kept" else other.arm.name,
             "kind": kind,
             "common_seeds": common,
             "seeds": seeds,
@@ -273,6 +292,15 @@ def _matrix(group: Group) -> list[dict[str, Any]]:
                 line[key] = dict(zip(("mean", "sd"), mean_and_sd(row.values(key)), strict=True))
             lines.append(line)
     return lines
+
+
+def _by_bin(row: Row) -> list[dict[str, float | None]] | None:
+    """Mean and sd over seeds of ΔCE per spliced row, of the ten norm bins and of the sinks."""
+    by_seed = [found for sae in row.by_seed.values() if (found := sae.behaviour_by_bin()) is not None]
+    if not by_seed:
+        return None
+    parts = [mean_and_sd([value for value in values if value is not None]) for values in zip(*by_seed, strict=True)]
+    return [{"mean": mean, "sd": sd} for mean, sd in parts]
 
 
 def _mean(row: Row, metric: str, seeds: Sequence[int]) -> float | None:

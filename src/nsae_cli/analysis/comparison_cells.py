@@ -139,6 +139,14 @@ class Sae:
         value = value.get("value") if isinstance(value, Mapping) else value
         return None if value is None else float(value)
 
+    def behaviour_by_bin(self) -> list[float | None] | None:
+        """ΔCE per spliced row of the ten norm bins and of the sinks; None without an evaluation of bins."""
+        behaviour = (self.evaluation or {}).get("behaviour") or {}
+        if not behaviour.get("bins"):
+            return None
+        parts = [*behaviour["bins"], behaviour.get("sinks") or {}]
+        return [(part.get("delta_ce") or {}).get("value") for part in parts]
+
     def value(self, metric: str) -> float | None:
         """A column of the comparison, by its name in `COLUMNS`."""
         if metric == "alpha":

@@ -28,6 +28,7 @@ def conclude(
     sentences += [_marks_of(arm, entries) for arm, entries in main.items()]
     sentences += _shift(groups)
     sentences += _sinks(groups)
+    sentences += _without_sinks(_against(groups, "sinks kept"))
     sentences += _others("Controls and baselines", {a: e for a, e in against.items() if a not in main})
     sentences += _others("All arms", _against(groups, "baseline"))
     sentences += _verdicts(predictions)
@@ -154,6 +155,20 @@ def _sinks(groups: Sequence[Mapping[str, Any]]) -> list[str]:
         for arm, values in lost.items()
     )
     return [f"Trained with sinks, these gave them up: {text}."]
+
+
+def _without_sinks(against: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """FVU of arms trained without sinks against the same arms trained with them."""
+    parts = []
+    for arm, entries in against.items():
+        marks = _marks(entries, "fvu_p0_ns")
+        if marks and _is_plain(arm):
+            parts.append(f"{arm} {_tally(marks)}{_range_of_differences(entries, 'fvu_p0_ns')}")
+    return (
+        [f"Trained without sinks, FVU of ordinary tokens against the same with sinks: {'; '.join(parts)}."]
+        if parts
+        else []
+    )
 
 
 def _others(what: str, against: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:

@@ -38,6 +38,7 @@ def _page(document: Mapping[str, Any]) -> Iterator[str]:
     )
     for group in document["groups"]:
         yield from _differences(group)
+    yield from _by_bin(document["groups"])
     yield from _matrices(document["groups"])
     yield from _missed(document["missed_l0"])
     yield from ("", "## Figures", "")
@@ -100,6 +101,27 @@ def _difference(metric: str, entry: Mapping[str, Any]) -> list[str]:
         text.interval(resampled, scale),
         mark,
     ]
+
+
+def _by_bin(groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    shown = [(group, [row for row in group["rows"] if row.get("delta_ce_by_bin")]) for group in groups]
+    shown = [(group, rows) for group, rows in shown if rows]
+    if not shown:
+        return
+    yield from ("", "## ΔCE by norm bin", "")
+    yield (
+        "Added cross-entropy per spliced token (millinats) with the reconstruction in place of one norm bin's tokens "
+        "only, 0 the shortest, 9 the longest; mean over seeds."
+    )
+    for group, rows in shown:
+        yield from ("", f"### {_escaped(group['label'])}", "")
+        headings = ["arm", "target", *map(str, range(10)), "sinks"]
+        yield _line(headings)
+        yield "|" + "---|" * len(headings)
+        for row in rows:
+            means = [part["mean"] for part in row["delta_ce_by_bin"]]
+            cells = [fmt.MISSING if mean is None else fmt.number(1000 * mean, 3) for mean in means]
+            yield _line([row["arm"], row["level"], *cells])
 
 
 def _matrices(groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
