@@ -96,11 +96,6 @@ class L0Control:
         """α without the answer to the newest batch: what α has settled on."""
         return math.exp(self._log_found)
 
-    @property
-    def at_bound(self) -> str | None:
-        """``low`` or ``high`` if α has gone as far as it may."""
-        return {self._low: "low", self._high: "high"}.get(self._log_found)
-
     def update(self, l0: float, lr_share: float) -> None:
         """Adds a batch after α's warm-up.
 
