@@ -28,6 +28,8 @@ T = TypeVar("T")
 _GAMED_MEAN_ACT, _GAMED_DECODER_NORM = 0.1, 5.0
 # From this share of dead features on they are named as the reason of a low L0.
 _MOSTLY_DEAD = 0.5
+# α that has moved by this factor in vain says that α is not what L0 needs.
+_FAR = 10
 
 
 def finish_cell(
@@ -125,16 +127,14 @@ def missed_l0(cell: Cell, target: dict[str, Any] | None, metrics: dict[str, Any]
     """A sentence if the SAE has missed its target for L0, with the likely reason; else None."""
     if target is None or cell.control is None or target["within"] is not False:
         return None
-    few, bound = target["relative_error"] < 0, cell.control.at_bound
+    few, moved = target["relative_error"] < 0, cell.alpha / cell.config.alpha
     dead = metrics["all"]["dead_fraction"]
-    if few and bound == "low":
-        why = (
-            "even with hardly any penalty no more features are active; lower --target-l0 or --alpha, or raise --tokens"
-        )
-    elif few and dead is not None and dead > _MOSTLY_DEAD:
+    if few and dead is not None and dead > _MOSTLY_DEAD:
         why = f"{dead:.0%} of its features are dead; start from a lower --alpha or give a larger --d-sae"
-    elif bound == "high":
-        why = "no α makes it that sparse in so many steps; raise --target-l0, --tokens or --lr"
+    elif few and moved < 1 / _FAR:
+        why = "with next to no penalty no more features are active; lower --target-l0, or raise --tokens"
+    elif not few and moved > _FAR:
+        why = "no penalty makes it that sparse in so many steps; raise --target-l0, --tokens or --lr"
     else:
         why = f"it was still moving at the end; raise --tokens, or give an --alpha near {cell.alpha:.3g} to start from"
     reached, error = target["reached"], target["relative_error"]

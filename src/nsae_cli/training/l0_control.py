@@ -25,7 +25,9 @@ _COMPARISONS, _COMPARED_FROM = 100, 0.5
 _COMPARED_ROWS = 4096
 
 #: Weight of the newest comparison, once there were as many; the first few are not believed yet.
-_NEWEST, _FEW = 1 / 32, 8
+_NEWEST, _FEW = 1 / 16, 8
+#: Lags, in steps of full learning rate, of the averages of log L0 whose difference tells its slope.
+_LAGS = (10, 40)
 _TINY_L0 = 1e-6
 
 
@@ -35,16 +37,18 @@ class Gains:
 
     Attributes:
         integral_steps: T, in steps of full learning rate.
-        most: errors larger than this count as this large, so that α does not run away while L0 is still coming down.
+        most: errors larger than this count as this large.
+        ahead: H, how far ahead the integral looks, in steps of full learning rate.
     """
 
     integral_steps: float
     most: float
+    ahead: float
 
 
 #: L0 answers to α within about ten steps where α acts on acts; thresholds have to travel, at their learning rate.
-_ACTS = Gains(integral_steps=10, most=0.2)
-_THRESHOLDS = Gains(integral_steps=100, most=1.0)
+_ACTS = Gains(integral_steps=10, most=0.1, ahead=30)
+_THRESHOLDS = Gains(integral_steps=100, most=1.0, ahead=100)
 
 
 def gains_of(act: str) -> Gains:
@@ -55,14 +59,17 @@ def gains_of(act: str) -> Gains:
 class L0Control:
     """A proportional-integral control of log α, fed with the mean L0 of each training batch's non-sink rows.
 
-    With error ε = log(L0 / target) + shift, clipped to ±`most`, each step sets
+    With ε = log(L0 / target) + shift and its slope ε′ in a step of full learning rate, each step sets
 
-        log α_found += (lr / peak lr)·ε / T,        log α = log α_found + ε.
+        log α_found += (lr / peak lr)·clip(ε + H·ε′) / T,        log α = log α_found + clip(ε),
 
-    log L0 answers to log α with a slope near −1 (relu, tanh-relu), so a proportional gain of 1 undoes an error at once,
-    and the integral removes what stays. The noise of single batches needs no filter: SAE and integral average over
-    more steps than one. Weights move by about lr a step, so T is counted in steps of full learning rate: while lr
-    decays, SAE and control slow down together, and what lr no longer lets the SAE follow does not accumulate in α.
+    clip to ±`most`. log L0 answers to log α with a slope near −1 (relu, tanh-relu), so a proportional gain of 1 undoes
+    an error at once, and the integral removes what stays. L0 can take hundreds of steps to come down from half of all
+    features; an integral of ε alone would drive α far beyond its place meanwhile (a hundredfold, with half of the
+    features dead, was seen), so it asks where L0 will be H steps ahead. The noise of single batches needs no filter in
+    ε: SAE and integral average over more steps than one. Weights move by about lr a step, so steps are counted as
+    steps of full learning rate: while lr decays, SAE and control slow down together, and what lr no longer lets the SAE
+    follow does not accumulate in α.
 
     α's warm-up comes first: the control begins where the warm-up ends. L0 falls from half of all features during it,
     and an error taken then would say nothing about α.
@@ -83,6 +90,7 @@ class L0Control:
         self._low, self._high = (math.log(alpha) + side * math.log(ALPHA_RANGE) for side in (-1, 1))
         self._log_found = math.log(alpha)
         self._error = 0.0
+        self._averages = [math.nan, math.nan]
         self._means = [math.nan, math.nan]
         self._compared = 0
 
@@ -96,11 +104,6 @@ class L0Control:
         """α without the answer to the newest batch: what α has settled on."""
         return math.exp(self._log_found)
 
-    @property
-    def at_bound(self) -> str | None:
-        """``low`` or ``high`` if α has gone as far as it may."""
-        return {self._low: "low", self._high: "high"}.get(self._log_found)
-
     def update(self, l0: float, lr_share: float) -> None:
         """Adds a batch after α's warm-up.
 
@@ -108,9 +111,23 @@ class L0Control:
             l0: noise-free mean L0 of its non-sink rows.
             lr_share: this step's learning rate ÷ the peak (times the steps that the batch stands for).
         """
-        error = math.log(max(l0, _TINY_L0)) - self._log_target + self._shift
-        self._error = max(-self._gains.most, min(self._gains.most, error))
-        self._log_found = self._within(self._log_found + lr_share * self._error / self._gains.integral_steps)
+        log_l0 = math.log(max(l0, _TINY_L0))
+        error = log_l0 - self._log_target + self._shift
+        slope = self._slope(log_l0, lr_share)
+        self._error = self._clipped(error)
+        expected = self._clipped(error + self._gains.ahead * slope)
+        self._log_found = self._within(self._log_found + lr_share * expected / self._gains.integral_steps)
+
+    def _slope(self, log_l0: float, lr_share: float) -> float:
+        """What log L0 changes by in a step of full learning rate: two running averages that lag differently."""
+        for place, lag in enumerate(_LAGS):
+            average = self._averages[place]
+            moved = average + min(1.0, lr_share / lag) * (log_l0 - average)
+            self._averages[place] = log_l0 if math.isnan(average) else moved
+        return (self._averages[0] - self._averages[1]) / (_LAGS[1] - _LAGS[0])
+
+    def _clipped(self, error: float) -> float:
+        return max(-self._gains.most, min(self._gains.most, error))
 
     def compare(self, l0: float, held_out_l0: float) -> None:
         """Adds a pair: mean L0 of a batch's and of held-out non-sink rows at the same weights. NaN: no such rows."""
@@ -132,13 +149,13 @@ class L0Control:
 
     def state(self) -> dict[str, torch.Tensor]:
         """For a checkpoint."""
-        values = (self._log_found, self._error, *self._means, self._compared)
+        values = (self._log_found, self._error, *self._averages, *self._means, self._compared)
         return {"l0_control": torch.tensor(values, dtype=torch.float64)}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Goes on from `state()`."""
-        self._log_found, self._error, *self._means, compared = state["l0_control"].tolist()
-        self._compared = int(compared)
+        self._log_found, self._error, *averages, compared = state["l0_control"].tolist()
+        self._averages, self._means, self._compared = averages[:2], averages[2:], int(compared)
 
 
 def noise_free_l0(x: torch.Tensor, weights: Weights) -> torch.Tensor:
