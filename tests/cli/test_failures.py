@@ -43,7 +43,7 @@ USAGE: list[tuple[str, list[str]]] = [
     # choices: the known values are listed
     ("train --act gelu", ["--act gelu", "relu, tanh-relu, topk, batchtopk or jumprelu"]),
     ("train --act relu,gelu", ["--act gelu", "relu, tanh-relu, topk, batchtopk or jumprelu"]),
-    ("train --l2-norm 2", ["--l2-norm 2", "none, norm or sq"]),
+    ("train --l2-norm 2", ["--l2-norm 2", "none, norm, sq or cosine"]),
     ("train --l1-norm sq", ["--l1-norm sq", "none or norm"]),
     ("train --decoder x", ["--decoder x", "unit, free or bounded"]),
     ("train --sparsity l2", ["--sparsity l2", "l1, l1-decoder-norm, tanh or l0"]),

@@ -167,8 +167,20 @@ def figure_bytes(figure: Figure, form: str) -> bytes:
     with house_style(), warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": "nsae"}):
         # A model's or SAE's name may hold characters that the font lacks: a box in the title is no reason to fail.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        _settle(figure)
         figure.savefig(buffer, format=form, dpi=DPI, metadata=FORMATS[form])
     return buffer.getvalue()
+
+
+def _settle(figure: Figure) -> None:
+    """Lays the figure out once, on round numbers: the solver's last digits depend on what was drawn before."""
+    if figure.get_layout_engine() is None:
+        return
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes in figure.axes:
+        left, bottom, width, height = (round(float(edge), 5) for edge in axes.get_position().bounds)
+        axes.set_position((left, bottom, width, height))
 
 
 def png_bytes(figure: Figure) -> bytes:
