@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from nsae_cli.cli.options import Device, Name, given
+from nsae_cli.cli.options import CorpusConfig, Device, ModelDType, Name, Revision, Split, TextColumn, given
 from nsae_cli.cli.session import session_of
 
 
@@ -24,7 +24,7 @@ def command(
     model: Annotated[
         str | None, typer.Option(metavar="ID|DIR|mini|mini-sink", help="The model [default: the one it names].")
     ] = None,
-    revision: Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub model.")] = None,
+    revision: Revision = None,
     hook: Annotated[
         str | None, typer.Option(metavar="HOOK", help="Where it reads, as blocks.6.hook_resid_pre [default: its own].")
     ] = None,
@@ -32,13 +32,9 @@ def command(
         str | None,
         typer.Option(metavar="ID|FILE|DIR|builtin", help="Text to run the model on [default: as collect's]."),
     ] = None,
-    corpus_config: Annotated[str | None, typer.Option(metavar="NAME", help="Configuration of a hub data set.")] = None,
-    split: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Split of a hub data set or of builtin [default: train].")
-    ] = None,
-    text_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Column that holds the text [default: text].")
-    ] = None,
+    corpus_config: CorpusConfig = None,
+    split: Split = None,
+    text_column: TextColumn = None,
     tokens: Annotated[str, typer.Option(metavar="SIZE|all", help="Tokens to measure at most.")] = "100k",
     context_size: Annotated[
         str | None, typer.Option("--context", metavar="INT", help="Tokens per context [default: the SAE's own].")
@@ -66,9 +62,7 @@ def command(
     reference: Annotated[
         str | None, typer.Option(metavar="SAE", help="An SAE on the same hook to compare nbi with (nbi_rel).")
     ] = None,
-    model_dtype: Annotated[
-        str, typer.Option(metavar="auto|fp16|bf16|fp32", help="Computation of the model; auto is bf16 on CUDA.")
-    ] = "fp32",
+    model_dtype: ModelDType = "fp32",
     device: Device = "auto",
     name: Name = None,
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from nsae_cli.cli.options import Device, Name, given
+from nsae_cli.cli.options import ContextsPerPass, CorpusConfig, Device, Name, Revision, Split, TextColumn, given
 from nsae_cli.cli.session import session_of
 
 
@@ -16,7 +16,7 @@ def command(
         str,
         typer.Option(metavar="ID|DIR|mini|mini-sink", help="Model: a hub id, a folder, or one that ships with nsae."),
     ] = "gpt2",
-    revision: Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub model.")] = None,
+    revision: Revision = None,
     corpus: Annotated[
         str | None,
         typer.Option(
@@ -24,13 +24,9 @@ def command(
             help="Text: a hub data set, .txt/.jsonl/.parquet, a folder of these, or builtin [default: by the model].",
         ),
     ] = None,
-    corpus_config: Annotated[str | None, typer.Option(metavar="NAME", help="Configuration of a hub data set.")] = None,
-    split: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Split of a hub data set or of builtin [default: train].")
-    ] = None,
-    text_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Column that holds the text [default: text].")
-    ] = None,
+    corpus_config: CorpusConfig = None,
+    split: Split = None,
+    text_column: TextColumn = None,
     layers: Annotated[
         str | None,
         typer.Option(metavar="all|6|0,3|0-3", help="Layers whose vectors are stored [default: the middle one]."),
@@ -51,9 +47,7 @@ def command(
     ] = None,
     packing: Annotated[bool, typer.Option("--packing/--no-packing", help="Documents share contexts.")] = True,
     bos: Annotated[bool, typer.Option("--bos/--no-bos", help="Each context starts with <|endoftext|>.")] = True,
-    batch_size: Annotated[
-        str | None, typer.Option(metavar="INT", help="Contexts per forward pass [default: by the device].")
-    ] = None,
+    batch_size: ContextsPerPass = None,
     dtype: Annotated[str, typer.Option(metavar="fp16|bf16|fp32", help="Storage.")] = "fp16",
     model_dtype: Annotated[
         str, typer.Option(metavar="auto|fp16|bf16|fp32", help="Computation; auto is bf16 on CUDA, else fp32.")

@@ -8,7 +8,7 @@ import typer
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from nsae_cli.cli.options import Device, Name, given
+from nsae_cli.cli.options import ContextsPerPass, CorpusConfig, Device, ModelDType, Name, Split, TextColumn, given
 from nsae_cli.cli.session import session_of
 
 
@@ -35,38 +35,29 @@ def command(
     corpus: Annotated[
         str | None, typer.Option(metavar="ID|FILE|DIR|builtin", help="Evaluate on this text, all of it.")
     ] = None,
-    corpus_config: Annotated[
-        str | None, typer.Option(metavar="NAME", help="† Configuration of a hub data set.")
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option(metavar="NAME", help="† Split of a hub data set or of builtin [default: train].")
-    ] = None,
-    text_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="† Column that holds the text [default: text].")
-    ] = None,
+    corpus_config: CorpusConfig = None,
+    split: Split = None,
+    text_column: TextColumn = None,
     context_size: Annotated[
-        str | None, typer.Option("--context", metavar="INT", help="† Tokens per context [default: as trained].")
+        str | None, typer.Option("--context", metavar="INT", help="Tokens per context [default: as trained].")
     ] = None,
     packing: Annotated[
-        bool | None, typer.Option("--packing/--no-packing", help="† Documents share contexts [default: as trained].")
+        bool | None, typer.Option("--packing/--no-packing", help="Documents share contexts [default: as trained].")
     ] = None,
     bos: Annotated[
         bool | None,
-        typer.Option("--bos/--no-bos", help="† Each context starts with <|endoftext|> [default: as trained]."),
+        typer.Option("--bos/--no-bos", help="Each context starts with <|endoftext|> [default: as trained]."),
     ] = None,
-    batch_size: Annotated[
-        str | None, typer.Option(metavar="INT", help="Contexts per forward pass [default: by the device].")
-    ] = None,
-    model_dtype: Annotated[
-        str, typer.Option(metavar="auto|fp16|bf16|fp32", help="Computation of the model; auto is bf16 on CUDA.")
-    ] = "fp32",
+    batch_size: ContextsPerPass = None,
+    model_dtype: ModelDType = "fp32",
     device: Device = "auto",
     name: Name = None,
 ) -> None:
     """Measure what SAEs do to the model's predictions.
 
     The model is run with the reconstruction in place of its activations, on text that the SAE was not trained on, and
-    the change of its cross-entropy is measured with 95 % intervals. Options marked † only with --corpus.
+    the change of its cross-entropy is measured with 95 % intervals. Options from --corpus-config to --bos go with
+    --corpus only.
 
     Writes evals/NAME per SAE: eval.json, and contexts.safetensors with the sums of each context.
     """

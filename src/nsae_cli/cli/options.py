@@ -21,6 +21,20 @@ Name = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:N|mps", help="Where to compute.")]
+Revision = Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub model.")]
+#: What is read of a corpus.
+CorpusConfig = Annotated[str | None, typer.Option(metavar="NAME", help="Configuration of a hub data set.")]
+Split = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Split of a hub data set or of builtin [default: train].")
+]
+TextColumn = Annotated[str | None, typer.Option(metavar="NAME", help="Column that holds the text [default: text].")]
+ContextsPerPass = Annotated[
+    str | None, typer.Option(metavar="INT", help="Contexts per forward pass [default: by the device].")
+]
+#: Of commands that compare predictions, for which the default is fp32.
+ModelDType = Annotated[
+    str, typer.Option(metavar="auto|fp16|bf16|fp32", help="Computation of the model; auto is bf16 on CUDA.")
+]
 
 
 def given(context: typer.Context, without: Sequence[str]) -> dict[str, Any]:
