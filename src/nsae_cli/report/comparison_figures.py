@@ -37,9 +37,10 @@ _MARK_SHAPES = {"better": "v", "worse": "^", "equivalent": "s", "undecided": "o"
 def comparison_fronts(document: Mapping[str, Any]) -> Figure:
     """Non-sink L0 against FVU, MRE and ΔCE: a row of panels per group, a line per arm, a faint point per SAE.
 
-    Groups of altered stores come last. Panels without any value are left out.
+    Groups of altered stores come last. Panels without any value are left out, and so are groups in which no arm has two
+    levels of sparsity, unless there are no others.
     """
-    groups = document["groups"]
+    groups = [group for group in document["groups"] if _has_fronts(group)] or document["groups"]
     metrics = [(name, label) for name, label in _FRONTS if any(_points(row, name) for g in groups for row in g["rows"])]
     metrics = metrics or [_FRONTS[0]]
     arms = list(dict.fromkeys(row["arm"] for group in groups for row in group["rows"]))
@@ -63,6 +64,11 @@ def comparison_fronts(document: Mapping[str, Any]) -> Figure:
         caption = "Down and to the left is better. Large points: mean over seeds; small: each SAE. Held-out tokens."
         add_header(figure, f"{document['name']}: error against sparsity", caption)
     return figure
+
+
+def _has_fronts(group: Mapping[str, Any]) -> bool:
+    arms = [row["arm"] for row in group["rows"]]
+    return len(set(arms)) < len(arms)
 
 
 def _look(arms: Sequence[str], arm: str) -> dict[str, Any]:
