@@ -72,7 +72,7 @@ def run_audit(
             with contextlib.suppress(OSError):
                 artifact.path.rmdir()
             raise
-        commit.write_json(artifact.path / Kind.AUDIT.mark, document)
+        document = commit.write_document(artifact.path / Kind.AUDIT.mark, document, [])
         return AuditResult(artifact, document, already_complete=False)
 
 

@@ -81,5 +81,5 @@ def run_norms(
         apart = norm_heatmap_position0(result.document, arrays["counts"], arrays["edges"], arrays["position0_counts"])
         if apart is not None:
             save_png(apart, figures[1])
-    write_norms(folder, result)
-    return NormsArtifact(artifact, result.document, figures, already_complete=False)
+    document = write_norms(folder, result)
+    return NormsArtifact(artifact, document, figures, already_complete=False)
