@@ -107,7 +107,7 @@ def _read_config(folder: Path, run: dict[str, Any]) -> Any:
     config = commit.parse_json(content.decode("utf-8", errors="replace"), path)
     if not isinstance(config, dict):
         return config
-    known = {key: run[key] for key in ("d_in", "d_sae") if key in run}
+    known: dict[str, Any] = {key: run[key] for key in ("d_in", "d_sae") if key in run}
     options = run.get("config")
     if isinstance(options, dict) and isinstance(act := options.get("act"), str):
         known["architecture"] = ARCHITECTURES.get("jumprelu" if act == "batchtopk" else act)
