@@ -10,7 +10,7 @@ from pathlib import Path
 
 import typer
 
-from nsae_cli import errors
+from nsae_cli import catalogue, errors
 
 EXIT_DONE, EXIT_BUG, EXIT_USAGE, EXIT_ARTIFACT, EXIT_RESOURCE, EXIT_NUMERICAL, EXIT_BUSY = range(7)
 
@@ -37,6 +37,7 @@ def describe(error: BaseException, log: Path | None = None) -> tuple[int, str | 
         error: what was raised.
         log: where the traceback was saved.
     """
+    error = translated(error)
     for kind, code in EXIT_CODES.items():
         if isinstance(error, kind):
             return code, str(error)
@@ -46,17 +47,22 @@ def describe(error: BaseException, log: Path | None = None) -> tuple[int, str | 
         return 130, "interrupted"
     if isinstance(error, typer.Exit):
         return error.exit_code, None
-    if isinstance(error, _TYPER_USAGE):
-        return EXIT_USAGE, _usage_message(error)
     if is_closed_pipe(error):
         return EXIT_DONE, None
-    if isinstance(error, OSError):
-        return EXIT_RESOURCE, _os_message(error)
-    if _is_out_of_memory(error):
-        return EXIT_RESOURCE, "out of memory; lower --batch-size, --buffer or --d-sae"
     first = str(error).strip().splitlines()[:1]
     where = "report it with the output of the same command under --debug" if log is None else f"report it with {log}"
     return EXIT_BUG, f"a bug in nsae ({type(error).__name__}: {first[0][:120] if first else 'no message'}); {where}"
+
+
+def translated(error: BaseException) -> BaseException:
+    """The catalogue's error for what Typer, the operating system and torch raise; anything else as it is."""
+    if isinstance(error, _TYPER_USAGE):
+        return catalogue.COMMAND_LINE(_usage_message(error))
+    if isinstance(error, OSError) and not is_closed_pipe(error):
+        return _of_the_system(error)
+    if _is_out_of_memory(error):
+        return catalogue.OUT_OF_MEMORY("out of memory; lower --batch-size, --buffer or --d-sae")
+    return error
 
 
 def is_closed_pipe(error: BaseException) -> bool:
@@ -88,11 +94,16 @@ def _usage_message(error: BaseException) -> str:
     return f"{message[:1].lower()}{message[1:]}{see}"
 
 
-def _os_message(error: OSError) -> str:
+def _of_the_system(error: OSError) -> errors.ResourceError:
     where = f": {error.filename}" if error.filename else ""
-    if error.errno == errno.ENOSPC:
-        return f"no space left to write to{where}; free space and run the same command again"
-    return f"{error.strerror or error}{where}; check the path and its permissions"
+    reason = error.strerror or error
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return catalogue.DISK_FULL(f"no space left to write to{where}; free space and run the same command again")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return catalogue.NO_PERMISSION(f"{reason}{where}; check the path and its permissions")
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return catalogue.FOLDER_MISSING(f"{reason}{where}; check the path and its permissions")
+    return catalogue.SYSTEM_ERROR(f"{reason}{where}; check the path and its permissions")
 
 
 def report(error: BaseException, debug: bool, log: Path | None = None) -> int:

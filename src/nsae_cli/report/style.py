@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator
 
-from nsae_cli.errors import ResourceError
+from nsae_cli import catalogue
 
 #: Colours of Okabe & Ito (2008), distinguishable with every common form of colour blindness.
 VERMILION, BLUE, GREEN, ORANGE = "#D55E00", "#0072B2", "#009E73", "#E69F00"
@@ -224,7 +224,7 @@ def _write(path: Path, content: bytes) -> None:
         temporary.replace(path)
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise ResourceError(
+        raise catalogue.WRITE_FAILED(
             f"cannot write {path.name} in {path.parent}: {reason}; check the folder and the disk's free space"
         ) from error
     finally:
