@@ -133,7 +133,10 @@ def validate_options(model: type[Model], values: Mapping[str, Any]) -> Model:
         expected: dict[str, dict[str, None]] = {}
         for problem in error.errors():
             expected.setdefault(_subject(problem, values), {})[_expectation(problem)] = None
-        raise catalogue.OPTION_VALUE(*[_sentence(*item) for item in expected.items()]) from error
+        problems = [_sentence(*item) for item in expected.items()]
+        if any(expected):
+            raise catalogue.OPTION_VALUE(*problems) from error
+        raise catalogue.REFUSED_COMBINATION(*problems) from error  # of the whole configuration, not of one option
 
 
 def _subject(problem: Any, values: Mapping[str, Any]) -> str:

@@ -75,11 +75,13 @@ class Audit:
         name, sae = compared
         if sae.sae.d_in != self._found.sae.d_in:
             raise catalogue.WIDTH_MISMATCH(
-                f"--reference {name} reads vectors of width {sae.sae.d_in}, {self._name} of {self._found.sae.d_in}"
+                f"--reference {name} reads vectors of width {sae.sae.d_in}, {self._name} of "
+                f"{self._found.sae.d_in}; give an SAE of the same hook"
             )
         if sae.hook is not None and sae.hook != self._setting.hook:
             raise catalogue.HOOK_MISMATCH(
-                f"--reference {name} reads {sae.hook}, {self._name} reads {self._setting.hook}"
+                f"--reference {name} reads {sae.hook}, {self._name} reads {self._setting.hook}; "
+                f"give an SAE of the same hook"
             )
 
     def run(self, wanted: dict[str, Any]) -> dict[str, Any]:

@@ -73,7 +73,8 @@ def measure(
             batch = reconstruct(sae, part, contexts)
             if not bool(batch.x_hat.isfinite().all()):
                 raise catalogue.RECONSTRUCTION_NOT_FINITE(
-                    f"{name}: its reconstructions hold NaN or infinity; it does not fit these rows"
+                    f"{name}: its reconstructions hold NaN or infinity; it does not fit these rows, "
+                    f"give the model and hook that it belongs to"
                 )
             measurements.update(batch)
             by_group.update(batch, start)

@@ -101,10 +101,10 @@ def _hook(found: ForeignSae, options: AuditOptions) -> str:
     if parse_hook(hook) is not None:
         return hook
     if options.hook is not None:
-        raise catalogue.OPTION_VALUE(f"--hook {hook}: nsae reads the residual stream, {first} and {last} for any layer")
+        raise catalogue.OPTION_VALUE(f"--hook {hook}: expected the residual stream, {first} or {last} for any layer")
     raise catalogue.HOOK_UNSUPPORTED(
-        f"{found.path.name} reads {hook}; nsae reads the residual stream only ({first} and {last} for any layer), "
-        f"not what attention or MLP write to it"
+        f"{found.path.name} reads {hook}; give an SAE of the residual stream ({first} or {last} for any layer), "
+        f"not of what attention or MLP write to it"
     )
 
 
@@ -269,5 +269,6 @@ def _require_readable(info: ModelInfo, text: Text, name: str) -> None:
     largest = max(int(context.max()) for context in text.contexts)
     if largest >= info.vocab_size:
         raise catalogue.TOKENS_OF_ANOTHER_MODEL(
-            f"{name} holds token {largest}, {info.name} has 0-{info.vocab_size - 1}; it was tokenized for another model"
+            f"{name} holds token {largest}, {info.name} has 0-{info.vocab_size - 1}; it was tokenized for "
+            f"another model, give that one with --model"
         )

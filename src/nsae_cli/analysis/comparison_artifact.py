@@ -161,7 +161,10 @@ def _load(
             }
         )
     if options.evals and all(sae.evaluation is None for sae in saes):
-        raise catalogue.ANALYSIS_MISSING(f"--evals {options.evals}: none of these SAEs has an evaluation of that name")
+        raise catalogue.ANALYSIS_MISSING(
+            f"--evals {options.evals}: none of these SAEs has an evaluation of that name; "
+            f"run `nsae eval --name {options.evals}` first"
+        )
     return saes, inputs
 
 
@@ -171,7 +174,8 @@ def _read_run(artifact: Artifact) -> dict[str, Any]:
     missing = [key for key in required if key not in run["config"]]
     if missing:
         raise catalogue.NOT_TRAINED_HERE(
-            f"{artifact.path / Kind.SAE.mark}: config lacks {', '.join(missing)}; compare reads SAEs of nsae train"
+            f"{artifact.path / Kind.SAE.mark}: config lacks {', '.join(missing)}; compare reads SAEs of "
+            f"`nsae train`, leave it out"
         )
     return run
 

@@ -108,7 +108,7 @@ class EvalText:
         if largest >= self.info.vocab_size:
             raise catalogue.TOKENS_OF_ANOTHER_MODEL(
                 f"{self._source.name} holds token {largest}, {self.info.name} has 0-{self.info.vocab_size - 1}; "
-                f"it was tokenized for another model"
+                f"it was tokenized for another model, give that one with --model"
             )
         return text
 
@@ -211,7 +211,8 @@ class TextResolver:
         recorded = _TrainedModel(manifest.model, manifest.revision, manifest.model_sha256, store.name)
         if run.get("model") is not None and manifest.model is not None and run["model"] != manifest.model:
             raise catalogue.MODEL_MISMATCH(
-                f"{sae} was trained on {run['model']}, {store.name} is from {manifest.model}"
+                f"{sae} was trained on {run['model']}, {store.name} is from {manifest.model}; "
+                f"name a store of the same model with --activations"
             )
         info = self._model(recorded)
         corpus = manifest.corpus or {}

@@ -81,5 +81,5 @@ def first_contexts(store: ActivationStore, most: int) -> torch.Tensor:
             if len(found) == most:
                 return torch.stack(found)
     if not found:
-        raise catalogue.NO_ROWS(f"--probe: {store.name} holds no context of {size} tokens")
+        raise catalogue.NO_ROWS(f"--probe: {store.name} holds no whole context of {size} tokens; collect more tokens")
     return torch.stack(found)

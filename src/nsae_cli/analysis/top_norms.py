@@ -66,7 +66,8 @@ def check_fit(saved: SavedSae, store: ActivationStore) -> None:
     trained_on = saved.run.get("model")
     if trained_on is not None and store.manifest.model is not None and trained_on != store.manifest.model:
         raise catalogue.MODEL_MISMATCH(
-            f"the SAE was trained on {trained_on}, {store.name} is from {store.manifest.model}"
+            f"the SAE was trained on {trained_on}, {store.name} is from {store.manifest.model}; "
+            f"give activations of the same model with --activations"
         )
 
 

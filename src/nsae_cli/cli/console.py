@@ -217,5 +217,6 @@ def written_to_stdout() -> Iterator[None]:
         raise
     except OSError as error:
         raise catalogue.STDOUT_FAILED(
-            f"the result could not be written to stdout ({error.strerror or error}); what the command made is complete"
+            f"the result could not be written to stdout ({error.strerror or error}); "
+            f"what the command made is complete, run it again for the output"
         ) from error

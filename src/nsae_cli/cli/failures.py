@@ -57,7 +57,7 @@ def describe(error: BaseException, log: Path | None = None) -> tuple[int, str | 
 def translated(error: BaseException) -> BaseException:
     """The catalogue's error for what Typer, the operating system and torch raise; anything else as it is."""
     if isinstance(error, _TYPER_USAGE):
-        return catalogue.COMMAND_LINE(_usage_message(error))
+        return _of_the_command_line(error)
     if isinstance(error, OSError) and not is_closed_pipe(error):
         return _of_the_system(error)
     if _is_out_of_memory(error):
@@ -80,18 +80,19 @@ def _is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _usage_message(error: BaseException) -> str:
+def _of_the_command_line(error: BaseException) -> errors.UsageError:
     message = error.format_message() if hasattr(error, "format_message") else str(error)
     message = message.replace("Value error, ", "").rstrip(".")
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "nsae"
     option = getattr(error, "option_name", None)
     if option in _SESSION_OPTIONS and command != "nsae":
-        return f"{option} stands before the command: nsae {option} ... {command.removeprefix('nsae ')}"
+        name = command.removeprefix("nsae ")
+        return catalogue.COMMAND_LINE(f"{option} stands before the command: nsae {option} ... {name}")
     if message.startswith("No such command") and context is not None:
         message = f"{message.removesuffix('?')}; known are {', '.join(context.command.commands)}"
-    see = f"; see `{command} --help`" if context is not None else ""
-    return f"{message[:1].lower()}{message[1:]}{see}"
+    complaint = message[:1].lower() + message[1:]
+    return catalogue.COMMAND_LINE(f"{complaint}; see `{command} --help`")
 
 
 def _of_the_system(error: OSError) -> errors.ResourceError:
@@ -109,12 +110,15 @@ def _of_the_system(error: OSError) -> errors.ResourceError:
 def report(error: BaseException, debug: bool, log: Path | None = None) -> int:
     """Prints the failure's one line on stderr and returns the exit code.
 
-    With --debug the traceback stands above it, and so do many problems: then the line names the first and their number.
+    With --debug the traceback and the entry of the catalogue stand above it. So do many problems, with and without it:
+    then the line names the first and their number.
     """
     code, message = describe(error, log)
     with contextlib.suppress(OSError, ValueError):  # a stderr that has gone changes no exit code
         if debug and message is not None:
             traceback.print_exception(error, file=sys.stderr)
+            if (entry := getattr(translated(error), "entry", None)) is not None:
+                print(f"docs/errors.md: {entry.name}", file=sys.stderr)
         if message is not None:
             problems = [_one_line(problem) for problem in getattr(error, "problems", [])]
             if len(problems) > 1 and len(message) > _ONE_LINE:

@@ -108,7 +108,7 @@ class _Reader:
             else:
                 self._check_keys(command, COMMANDS[command], options)
                 if "name" in options.key_lines:
-                    self._problem(options.key_lines["name"], "defaults: a name belongs to one stage")
+                    self._problem(options.key_lines["name"], "defaults: a name belongs to one stage; give it there")
         return {command: options for command, options in given.value.items() if isinstance(options.value, dict)}
 
     def add_stage(self, entry: _Entry) -> None:

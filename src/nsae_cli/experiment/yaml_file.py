@@ -76,9 +76,13 @@ def read_yaml(path: Path, problems: list[Problem]) -> Located:
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         if "'\\t'" in reason:
             reason = "a tab; indent with spaces"
-        raise catalogue.CONFIG_UNREADABLE(f"{path}{line_text}: not valid YAML ({reason})") from error
+        raise catalogue.CONFIG_UNREADABLE(
+            f"{path}{line_text}: not valid YAML ({reason}); mend that line, indent with spaces"
+        ) from error
     except RecursionError as error:
-        raise catalogue.CONFIG_UNREADABLE(f"{path}: nested too deeply") from error
+        raise catalogue.CONFIG_UNREADABLE(
+            f"{path}: nested too deeply; write `stages:` with a list of commands"
+        ) from error
 
 
 class _Builder:
@@ -97,7 +101,9 @@ class _Builder:
             return Located(None, line)
         self._seen.add(id(node))
         if len(self._seen) > _MAX_NODES:
-            raise catalogue.CONFIG_UNREADABLE(f"{self._path}: more than {_MAX_NODES:,} values is no configuration")
+            raise catalogue.CONFIG_UNREADABLE(
+                f"{self._path}: more than {_MAX_NODES:,} values is no configuration; write less"
+            )
         if node.tag not in _PLAIN_TAGS:
             tag = node.tag.replace("tag:yaml.org,2002:", "!!")
             self._problem(line, f"the tag {tag} is not allowed; write plain text, numbers or lists")
@@ -116,11 +122,11 @@ class _Builder:
         for key_node, value_node in node.value:
             key_line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
-                self._problem(key_line, "a key must be a word")
+                self._problem(key_line, "a key must be a word, as in `name: first`")
                 continue
             key = str(key_node.value)
             if key in result:
-                self._problem(key_line, f"key {key!r} appears twice (first in line {lines[key]})")
+                self._problem(key_line, f"key {key!r} appears twice (first in line {lines[key]}); remove one")
                 continue
             lines[key] = key_line
             result[key] = self.build(value_node)

@@ -41,7 +41,9 @@ def read_dictionary_learning(folder: Path) -> ForeignSae:
     config = read_json(path)
     trainer = config.get("trainer") if isinstance(config, dict) else None
     if not isinstance(trainer, dict):
-        raise catalogue.FOREIGN_CONFIG(f"{path} has no trainer; it is not dictionary_learning's configuration")
+        raise catalogue.FOREIGN_CONFIG(
+            f"{path} has no trainer; it is not dictionary_learning's configuration, get the files again"
+        )
     name = trainer.get("dict_class")
     if name not in tuple(_SHAPES):
         raise catalogue.FOREIGN_ARCHITECTURE(

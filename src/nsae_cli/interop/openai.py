@@ -71,7 +71,7 @@ def read_openai(folder: Path) -> ForeignSae:
         options = options if isinstance(options, dict) else {}
         if options.get("postact_fn") != "ReLU":
             raise catalogue.FOREIGN_ARCHITECTURE(
-                f"{path}: TopK is followed by {options.get('postact_fn')!r}, nsae computes it followed by ReLU"
+                f"{path}: TopK is followed by {options.get('postact_fn')!r}, expected ReLU"
             )
         k = topk_of(options.get("k"), config["n_latents"], path)
         # With TopK, and only then, their code normalises each row.

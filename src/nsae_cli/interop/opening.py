@@ -38,7 +38,7 @@ def open_sae(reference: str) -> ForeignSae:
     if on_hub is None:
         raise catalogue.SAE_NOT_FOUND(
             f"SAE {reference!r}: no such SAE in the workspace, no such folder, and not a hub id such as org/repo or "
-            f"org/repo:folder"
+            f"org/repo:folder; check the name"
         )
     return read_folder(download(on_hub))
 

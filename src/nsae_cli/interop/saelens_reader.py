@@ -43,7 +43,9 @@ def read_saelens(folder: Path) -> ForeignSae:
     path = folder / CONFIG
     config = read_json(path)
     if not isinstance(config, dict):
-        raise catalogue.FOREIGN_CONFIG(f"{path} is no JSON object; it is not SAELens' configuration")
+        raise catalogue.FOREIGN_CONFIG(
+            f"{path} is no JSON object; it is not SAELens' configuration, get the files again"
+        )
     metadata = config.get("metadata")
     if not isinstance(metadata, dict):
         metadata = {}
@@ -140,7 +142,9 @@ def _read(folder: Path, config: dict[str, Any], architecture: str, k: int | None
         notes.append(f"the scale {scale:.6g} of its activations (expected_average_only_in) is folded into the weights")
     if config.get("rescale_acts_by_decoder_norm", False):
         if architecture != "topk":
-            raise catalogue.FOREIGN_CONFIG(f"{path}: rescale_acts_by_decoder_norm is for topk, not {architecture}")
+            raise catalogue.FOREIGN_CONFIG(
+                f"{path}: rescale_acts_by_decoder_norm is true with {architecture}, expected only with topk"
+            )
         norms = tensors["W_dec"].double().norm(dim=1)
         tensors["W_enc"], tensors["b_enc"] = tensors["W_enc"].double() * norms, tensors["b_enc"].double() * norms
         tensors["W_dec"] = tensors["W_dec"].double() / norms.unsqueeze(1)
@@ -185,7 +189,7 @@ def _fold_finetuning(
     if not config.get("finetuning_scaling_factor", False):
         raise catalogue.FOREIGN_SCALE(
             f"{path}: there are finetuned scaling factors other than 1, but finetuning_scaling_factor is not true; "
-            f"whether they are to be applied cannot be known"
+            f"make it true if they are to be applied, else remove them"
         )
     tensors["W_dec"] = tensors["W_dec"].double() * factor.double().unsqueeze(1)
     notes.append("its finetuned scaling factors are folded into the decoder")

@@ -27,7 +27,9 @@ def read_sparsify(folder: Path) -> ForeignSae:
     path = folder / CONFIG
     config = read_json(path)
     if not isinstance(config, dict):
-        raise catalogue.FOREIGN_CONFIG(f"{path} is no JSON object; it is not sparsify's configuration")
+        raise catalogue.FOREIGN_CONFIG(
+            f"{path} is no JSON object; it is not sparsify's configuration, get the files again"
+        )
     activation = config.get("activation", "topk")
     if activation != "topk":
         why = "it takes the largest of each group of latents" if activation == "groupmax" else "unknown"

@@ -138,7 +138,8 @@ def choose(
 def _choose(kernel: KernelOption, precision: PrecisionOption, device: torch.device) -> Choice:
     if kernel == "dense" and precision == "certified":
         raise catalogue.REFUSED_COMBINATION(
-            "--kernel dense with --precision certified: only sparse steps have a certified encoder"
+            "--kernel dense with --precision certified: only sparse steps have a certified encoder; "
+            "use --kernel sparse or --precision fp32"
         )
     if device.type == "cuda":
         return _cuda_choice(kernel, precision, device)

@@ -94,7 +94,7 @@ def open_corpus(choice: CorpusChoice) -> Corpus:
         _refuse(choice, "a local corpus", config=choice.config, split=choice.split)
         return _local(choice)
     if not looks_like_hub_id(choice.name) or Path(choice.name).suffix in _READERS:
-        raise catalogue.CORPUS_NOT_FOUND(f"--corpus {choice.name}: no such file or folder")
+        raise catalogue.CORPUS_NOT_FOUND(f"--corpus {choice.name}: no such file or folder; check the path")
     return _hub(choice)
 
 
@@ -127,7 +127,7 @@ def _local(choice: CorpusChoice) -> Corpus:
     files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.suffix in _READERS)
     kinds = ", ".join(_READERS)
     if not files:
-        raise catalogue.CORPUS_NOT_FOUND(f"--corpus {choice.name}: the folder holds no {kinds} file")
+        raise catalogue.CORPUS_NOT_FOUND(f"--corpus {choice.name}: the folder holds no {kinds} file; check the path")
     if files[0].suffix not in _READERS:
         raise catalogue.CORPUS_FORMAT(
             f"--corpus {choice.name}: unknown kind of file; known are {kinds} and folders of these"
@@ -140,14 +140,16 @@ def _local(choice: CorpusChoice) -> Corpus:
                 yield from _READERS[path.suffix](path, column)
             except OSError as error:
                 raise catalogue.READ_FAILED(
-                    f"--corpus {path.name}: cannot be read ({error.strerror or error})"
+                    f"--corpus {path.name}: cannot be read ({error.strerror or error}); check its permissions"
                 ) from error
 
     try:
         sha256 = file_sha256(root) if root.is_file() else _folder_sha256(root, files)
         size = sum(path.stat().st_size for path in files if path.suffix != ".parquet")
     except OSError as error:
-        raise catalogue.READ_FAILED(f"--corpus {choice.name}: cannot be read ({error.strerror or error})") from error
+        raise catalogue.READ_FAILED(
+            f"--corpus {choice.name}: cannot be read ({error.strerror or error}); check its permissions"
+        ) from error
     # Parquet is compressed, so its size says little.
     known_size = None if any(path.suffix == ".parquet" for path in files) else size
     return Corpus(root.resolve().name, None, None, sha256, None, known_size, documents)
@@ -207,7 +209,7 @@ def _read_parquet(path: Path, column: str) -> Iterator[str]:
                     yield _text_of({column: value}, column, f"{path.name} row {row}")
     except pyarrow.ArrowException as error:
         raise catalogue.CORPUS_FORMAT(
-            f"corpus {path.name} is not a readable parquet file ({str(error).splitlines()[0]})"
+            f"corpus {path.name} is not a readable parquet file ({str(error).splitlines()[0]}); get it again"
         ) from error
 
 
@@ -233,7 +235,7 @@ def _text_of(record: dict[str, Any], column: str, place: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise catalogue.CORPUS_ENCODING(
-            f"corpus {place}: half a surrogate pair at character {error.start:,} is not text"
+            f"corpus {place}: half a surrogate pair at character {error.start:,} is not text; mend it"
         ) from error
     return text
 

@@ -28,6 +28,7 @@ DTypeName = Literal["fp16", "bf16", "fp32"]
 #: Short names, as on the command line and in messages.
 DTYPE_NAMES: dict[DTypeName, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
+_SAVE_AGAIN = "save the model again with save_pretrained(DIR)"
 _OFFLINE_REMEDY = "use --model mini, which needs no network, or give the path of a folder"
 
 
@@ -79,7 +80,9 @@ def inspect_model(name: str, revision: str | None = None) -> ModelInfo:
     """
     local = name in assets.EMBEDDED_MODELS or Path(name).is_dir()
     if local and revision is not None:
-        raise catalogue.OPTION_WITHOUT_EFFECT(f"--revision {revision}: {name} is no hub model and has no revisions")
+        raise catalogue.OPTION_WITHOUT_EFFECT(
+            f"--revision {revision}: {name} is no hub model and has no revisions; leave it out"
+        )
     return _inspect_folder(name) if local else _inspect_hub_model(name, revision)
 
 
@@ -116,7 +119,7 @@ def _inspect_hub_model(name: str, revision: str | None) -> ModelInfo:
         except EntryNotFoundError as error:
             if found.reachable:
                 raise catalogue.MODEL_INCOMPLETE(
-                    f"--model {name}: the repository has no config.json; it is not a model"
+                    f"--model {name}: the repository has no config.json; it is not a model, check the id"
                 ) from error
             raise catalogue.HUB_UNREACHABLE(
                 f"--model {name}: the Hugging Face hub is not reachable and the model is not in the local cache; "
@@ -140,7 +143,7 @@ def _require_safetensors(name: str, files: tuple[str, ...] | list[str]) -> None:
             f"--model {name}: its weights are only there as pickle ({pickles[0]}), which can run code when read; "
             f"convert them where they are trusted: AutoModelForCausalLM.from_pretrained(...).save_pretrained(DIR)"
         )
-    raise catalogue.MODEL_INCOMPLETE(f"--model {name}: no weights (*.safetensors) are there")
+    raise catalogue.MODEL_INCOMPLETE(f"--model {name}: no weights (*.safetensors) are there; {_SAVE_AGAIN}")
 
 
 def _model_info(
@@ -174,7 +177,9 @@ def _model_info(
             cached_only=cached_only,
         )
     except (TypeError, ValueError, AttributeError, StrictDataclassError) as error:
-        raise catalogue.MODEL_CONFIG(f"--model {name}: config.json is not usable ({_first_line(error)})") from error
+        raise catalogue.MODEL_CONFIG(
+            f"--model {name}: config.json is not usable ({_first_line(error)}); {_SAVE_AGAIN}"
+        ) from error
 
 
 def _read_config(path: Path, name: str) -> dict[str, Any]:
@@ -182,10 +187,10 @@ def _read_config(path: Path, name: str) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise catalogue.MODEL_CONFIG(
-            f"--model {name}: config.json is not readable JSON ({_first_line(error)})"
+            f"--model {name}: config.json is not readable JSON ({_first_line(error)}); {_SAVE_AGAIN}"
         ) from error
     if not isinstance(raw, dict):
-        raise catalogue.MODEL_CONFIG(f"--model {name}: config.json is not a JSON object")
+        raise catalogue.MODEL_CONFIG(f"--model {name}: config.json is not a JSON object; {_SAVE_AGAIN}")
     return raw
 
 
@@ -232,12 +237,14 @@ def load_model(info: ModelInfo, device: torch.device, dtype: torch.dtype, *, wit
             ) from error
         except RuntimeError as error:
             raise catalogue.MODEL_WEIGHTS(
-                f"{what}: the weights do not fit config.json ({_first_line(error)})"
+                f"{what}: the weights do not fit config.json ({_first_line(error)}); {_SAVE_AGAIN}"
             ) from error
     # Missing weights would be drawn at random, silently.
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
-        raise catalogue.MODEL_WEIGHTS(f"{what}: {len(missing)} weights are missing, the first is {missing[0]}")
+        raise catalogue.MODEL_WEIGHTS(
+            f"{what}: {len(missing)} weights are missing, the first is {missing[0]}; {_SAVE_AGAIN}"
+        )
     return model.eval()
 
 

@@ -113,7 +113,7 @@ def require_hook(hook: str, n_layers: int, model: str) -> tuple[int, Site]:
     if parsed is None:
         raise catalogue.HOOK_MISMATCH(
             f"hook {hook!r}: nsae splices at {hook_name(0, 'resid_pre')} to "
-            f"{hook_name(n_layers - 1, 'resid_post')} of {model} only"
+            f"{hook_name(n_layers - 1, 'resid_post')} of {model} only; give an SAE that reads there"
         )
     layer, site = parsed
     if layer >= n_layers:

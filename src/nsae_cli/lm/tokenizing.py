@@ -91,7 +91,9 @@ def load_tokenizer(info: ModelInfo) -> TextTokenizer:
             ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
-        raise catalogue.TOKENIZER(f"--model {info.name}: its tokenizer has no fast form (tokenizer.json)")
+        raise catalogue.TOKENIZER(
+            f"--model {info.name}: its tokenizer has no fast form (tokenizer.json); save it as one"
+        )
     # Documents are cut into contexts here, never by the tokenizer.
     backend.no_truncation()
     backend.no_padding()
@@ -100,7 +102,9 @@ def load_tokenizer(info: ModelInfo) -> TextTokenizer:
 
     separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if separator is None:
-        raise catalogue.TOKENIZER(f"--model {info.name}: its tokenizer names no beginning-of-text token (bos_token)")
+        raise catalogue.TOKENIZER(
+            f"--model {info.name}: its tokenizer names no beginning-of-text token; set bos_token in it"
+        )
     # Special tokens are never made from text, so a padding token beyond the embeddings does no harm.
     special = sorted(set(tokenizer.all_special_ids))
     ordinary = set(backend.get_vocab(with_added_tokens=True).values()) - set(special)
@@ -111,6 +115,6 @@ def load_tokenizer(info: ModelInfo) -> TextTokenizer:
     if largest >= info.vocab_size:
         raise catalogue.TOKENIZER(
             f"--model {info.name}: its tokenizer makes token {largest}, the model has 0-{info.vocab_size - 1}; "
-            f"they do not belong together"
+            f"save the model's own tokenizer beside it"
         )
     return TextTokenizer(info.name, sha256, separator, special, backend)

@@ -63,7 +63,8 @@ def _bits(chunk: Tensor) -> Tensor:
     values = chunk.detach().reshape(-1).to("cpu", torch.float32)
     if not bool(((values >= 0) & values.isfinite()).all()):
         raise catalogue.STORE_NOT_FINITE(
-            "a norm is negative or not finite, so the quantiles of the norms are undefined"
+            "a norm is negative or not finite, so the quantiles of the norms are undefined; "
+            "collect the activations again"
         )
     # Adding zero turns −0.0, whose pattern is the smallest integer, into 0.0.
     return (values + 0.0).view(torch.int32).long()

@@ -134,7 +134,7 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     except ValidationError as error:
         problems = "; ".join(_describe(problem) for problem in error.errors()[:3])
         raise catalogue.MANIFEST_INVALID(
-            f"{path}: {problems}; the manifest is damaged or of another version"
+            f"{path}: {problems}; the manifest is damaged or of another version, collect the store again"
         ) from error
     return manifest, file_sha256(path)
 

@@ -159,7 +159,7 @@ def profile_rows(rows: ProfiledRows) -> HookProfile:
         profile.training_sinks += int((training & flags.any).sum())
     if not log_rows:
         raise catalogue.NOTHING_TO_MEASURE(
-            f"{rows.name}: every row at {rows.hook} is zero or a sink; there is nothing to measure"
+            f"{rows.name}: every row at {rows.hook} is zero or a sink; there is nothing to measure, collect it again"
         )
     profile.norm_scale = math.exp(log_sum / log_rows)
     profile.mean_power = _means(sums)
@@ -190,7 +190,7 @@ def _thresholds(rows: ProfiledRows) -> SinkThresholds:
 
     overall = median(None)
     if overall is None:
-        raise catalogue.NOTHING_TO_MEASURE(f"{rows.name} has no rows")
+        raise catalogue.NOTHING_TO_MEASURE(f"{rows.name} has no rows; collect it again")
     if rows.positions(0) is None:
         return fit_thresholds(overall, None, None)
     return fit_thresholds(overall, median(lambda p: p == 0), median(lambda p: p != 0))

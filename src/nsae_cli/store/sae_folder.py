@@ -86,7 +86,7 @@ def load_sae(path: Path | str) -> SavedSae:
     run, config = commit.read_json(folder / RUN), commit.read_json(folder / CONFIG)
     if not isinstance(run, dict) or run.get("format_version") != FORMAT_VERSION:
         raise catalogue.FORMAT_VERSION(
-            f"{folder / RUN} is not of format {FORMAT_VERSION}; it was written by another nsae"
+            f"{folder / RUN} is not of format {FORMAT_VERSION}; it was written by another nsae, read it with that one"
         )
     act = _ACTS.get(str(config.get("architecture"))) if isinstance(config, dict) else None
     if act is None:
@@ -105,7 +105,7 @@ def _read_k(folder: Path, config: dict[str, Any]) -> int:
         )
     if config.get("rescale_acts_by_decoder_norm") is not False:
         raise catalogue.SAE_INVALID(
-            f"{folder / CONFIG}: rescale_acts_by_decoder_norm is not false; nsae does not rescale"
+            f"{folder / CONFIG}: rescale_acts_by_decoder_norm is not false; train the SAE again"
         )
     return k
 

@@ -261,7 +261,8 @@ class ActivationStore:
             missing = [name for name in names if name not in present]
             if missing:
                 raise catalogue.SHARD_MISMATCH(
-                    f"{self.path / entry.file}: no tensor {missing[0]!r}; it holds {sorted(present)}"
+                    f"{self.path / entry.file}: no tensor {missing[0]!r}; it holds {sorted(present)}; "
+                    f"collect the store again"
                 )
             tensors = {name: file.get_tensor(name) for name in names}
         for name, tensor in tensors.items():
@@ -303,7 +304,7 @@ class ActivationStore:
         if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
             raise catalogue.SHARD_MISMATCH(
                 f"{self.path / entry.file}: {name} is {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}, "
-                f"the manifest says {list(shape)} {str(dtypes[0]).removeprefix('torch.')}"
+                f"the manifest says {list(shape)} {str(dtypes[0]).removeprefix('torch.')}; collect the store again"
             )
         if entry.tensors is None or name not in entry.tensors:
             return

@@ -263,9 +263,7 @@ def calibrate(device: torch.device, reporter: Reporter) -> dict[str, Any]:
     kernels = available(device)
     dense = kernels.pop("nsae dense")
     if not kernels:
-        raise catalogue.KERNEL_MISSING(
-            f"--calibrate: there is one kernel only on {device.type}; nothing to choose between"
-        )
+        raise catalogue.KERNEL_MISSING(f"--calibrate: there is one kernel only on {device.type}; leave it out")
     points: list[calibration.Point] = []
     table = []
     for d_in, d_sae, batch in _CALIBRATION_SHAPES:

@@ -46,7 +46,7 @@ def _found(name: str, config: CellConfig, runs: list[dict[str, Any]], reference:
     if not alphas:
         raise catalogue.ALPHA_SOURCE(
             f"--alpha-from {reference}: no SAE there is trained like {name} (the same activation, norms, penalty, "
-            f"decoder, noise, sinks, width and --alpha-scale)"
+            f"decoder, noise, sinks, width and --alpha-scale); give --alpha"
         )
     found = ", ".join(f"{alpha:.4g}" for alpha in sorted(alphas))
     raise catalogue.ALPHA_SOURCE(

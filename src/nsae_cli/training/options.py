@@ -216,7 +216,9 @@ def expand_cells(options: TrainOptions, hooks: list[str], d_in: int, epoch_rows:
     tokens = options.tokens or max(epoch_rows, DEFAULT_MIN_STEPS * options.batch_size)
     problems: dict[str, None] = {}
     if tokens < options.batch_size:
-        problems[f"--tokens {tokens:,} is less than one batch of {options.batch_size:,} rows"] = None
+        problems[
+            f"--tokens {tokens:,} is less than one batch of {options.batch_size:,} rows; give at least as many"
+        ] = None
     if min(widths) < 1:
         option = "--d-sae" if options.d_sae else "--expansion-factor, number of features"
         raise catalogue.OPTION_VALUE(*[*problems, f"{option} {min(widths)}: expected at least 1"])
