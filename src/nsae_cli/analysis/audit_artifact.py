@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nsae_cli import catalogue
 from nsae_cli.analysis.audit import Audit
 from nsae_cli.analysis.audit_options import AuditOptions
 from nsae_cli.analysis.audit_setting import Setting, find_setting
 from nsae_cli.analysis.documents import read_document
-from nsae_cli.errors import UsageError
 from nsae_cli.interop.foreign import ForeignSae
 from nsae_cli.interop.opening import open_sae, read_folder
 from nsae_cli.lm.quiet import quiet_libraries
@@ -142,7 +142,7 @@ def _require_same(name: str, document: dict[str, Any], wanted: dict[str, Any]) -
         if any(old.get(part) != new.get(part) for part in ("name", "weights_sha256")):
             before, now = old.get("name", "none"), new.get("name", "none")
             change = f"{before} -> {now}" if before != now else f"{now} has changed since"
-            raise UsageError(f"--name {name} holds another audit ({label} {change}); choose another --name")
+            raise catalogue.NAME_TAKEN(f"--name {name} holds another audit ({label} {change}); choose another --name")
     if document["options"] != wanted["options"]:
         changes = describe_changes(document["options"], wanted["options"])
-        raise UsageError(f"--name {name} holds another audit ({changes}); choose another --name")
+        raise catalogue.NAME_TAKEN(f"--name {name} holds another audit ({changes}); choose another --name")

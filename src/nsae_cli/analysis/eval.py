@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from nsae_cli import catalogue
 from nsae_cli.analysis.behaviour import BehaviourStudy, Evaluation, Subject, batch_contexts
 from nsae_cli.analysis.documents import read_document
 from nsae_cli.analysis.eval_text import EvalOptions, EvalText, TextResolver
 from nsae_cli.analysis.saes import choose_saes, result_names
 from nsae_cli.assets import embedded_note
 from nsae_cli.device import choose_device
-from nsae_cli.errors import UsageError
 from nsae_cli.lm.loading import DTYPE_NAMES, DTypeName, ModelInfo, choose_model_dtype, load_model
 from nsae_cli.lm.quiet import quiet_libraries
 from nsae_cli.lm.texts import Text
@@ -87,7 +87,9 @@ def run_eval(
     saes = choose_saes(references, workspace, reporter)
     names = result_names(saes, name)
     if twice := sorted({one for one in names if names.count(one) > 1}):
-        raise UsageError(f"two SAEs would both be evaluated as {twice[0]}; give them one by one, each with a --name")
+        raise catalogue.SAME_OUTPUT(
+            f"two SAEs would both be evaluated as {twice[0]}; give them one by one, each with a --name"
+        )
     device, why = choose_device(options.device)
     model_dtype = choose_model_dtype(options.model_dtype, device)
     with quiet_libraries():
@@ -167,7 +169,7 @@ class _Job:
         rows = {key: document["rows"].get(key) for key in wanted["rows"]}
         if {"sae": document["sae"], "rows": rows, "options": document["options"]} == wanted:
             return document
-        raise UsageError(
+        raise catalogue.NAME_TAKEN(
             f"--name {self.name} holds another evaluation ({_difference(document, wanted)}); choose another --name"
         )
 

@@ -9,12 +9,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from nsae_cli import catalogue
 from nsae_cli.analysis.checks import say_what_is_missing
 from nsae_cli.analysis.documents import read_document
 from nsae_cli.analysis.features import FeatureOptions, measure_features
 from nsae_cli.analysis.top_norms import check_fit
 from nsae_cli.analysis.top_norms_artifact import store_of
-from nsae_cli.errors import ArtifactError
 from nsae_cli.lm.token_text import token_text
 from nsae_cli.lm.unembedding import load_unembedding
 from nsae_cli.reporter import Reporter
@@ -98,8 +98,10 @@ def _load(artifact: Artifact, document: dict[str, Any]) -> dict[str, np.ndarray]
     try:
         arrays: dict[str, np.ndarray] = load_file(path, backend="pread")
     except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} cannot be read ({str(error).splitlines()[0]}); {remedy}") from error
+        raise catalogue.RESULTS_DAMAGED(f"{path} cannot be read ({str(error).splitlines()[0]}); {remedy}") from error
     for name in _NEEDED:
         if name not in arrays or len(arrays[name]) != document.get("d_sae"):
-            raise ArtifactError(f"{path}: {name} is missing or not of {document.get('d_sae')} features; {remedy}")
+            raise catalogue.RESULTS_DAMAGED(
+                f"{path}: {name} is missing or not of {document.get('d_sae')} features; {remedy}"
+            )
     return arrays

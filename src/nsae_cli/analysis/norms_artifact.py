@@ -8,12 +8,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from nsae_cli import catalogue
 from nsae_cli.analysis.checks import say_what_is_missing
 from nsae_cli.analysis.documents import read_document
 from nsae_cli.analysis.norms import measure_norms, write_norms
 from nsae_cli.analysis.probe import probe_store
 from nsae_cli.device import DeviceOption
-from nsae_cli.errors import UsageError
 from nsae_cli.lm.token_text import token_text
 from nsae_cli.report.figures import norm_heatmap, norm_heatmap_position0, save_png
 from nsae_cli.reporter import Reporter
@@ -67,7 +67,7 @@ def run_norms(
         found = document["activations"]["name"]
         if document["activations"] != identity:
             other = f"an earlier {found}" if found == store.name else f"{found}, not of {store.name}"
-            raise UsageError(f"--name {name} holds the norms of {other}; choose another --name")
+            raise catalogue.NAME_TAKEN(f"--name {name} holds the norms of {other}; choose another --name")
         if not options.probe or all(hook["probe"] is not None for hook in document["hooks"]):
             return NormsArtifact(artifact, document, figures, already_complete=True)
     with workspace.writing(folder, reporter):

@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from nsae_cli import interrupt
+from nsae_cli import catalogue, interrupt
 from nsae_cli.device import choose_device, one_thread_if_small
-from nsae_cli.errors import Interrupted, UsageError
+from nsae_cli.errors import Interrupted
 from nsae_cli.lm.config import CollectConfig, ResolvedConfig, resolve
 from nsae_cli.lm.corpus import Corpus, open_corpus
 from nsae_cli.lm.harvest import HarvestedBatch, Harvester, HarvestSpec
@@ -112,9 +112,11 @@ def _complete(artifact: Artifact, options: dict[str, Any], reporter: Reporter) -
 def _require_same_options(name: str, manifest: Manifest, options: dict[str, Any]) -> None:
     earlier = (manifest.command or {}).get("options")
     if not isinstance(earlier, dict):
-        raise UsageError(f"--name {name}: a store of this name is there that nsae did not collect; give another --name")
+        raise catalogue.NAME_TAKEN(
+            f"--name {name}: a store of this name is there that nsae did not collect; give another --name"
+        )
     if earlier != options:
-        raise UsageError(
+        raise catalogue.OPTIONS_CHANGED(
             f"--name {name}: the store of this name was made with other options "
             f"({describe_changes(earlier, options)}); give another --name"
         )
@@ -126,7 +128,7 @@ def _plan(resolved: ResolvedConfig, info: ModelInfo, corpus: Corpus, tokenizer: 
     # How many tokens its text makes is asked only where the size of its text is known.
     sample = list(itertools.islice(documents, 1 if corpus.text_bytes is None else _SAMPLE_DOCUMENTS))
     if not any(text.strip() for text in itertools.chain(sample, documents)):
-        raise UsageError(f"corpus {corpus.name} is empty: it holds no text; give another --corpus")
+        raise catalogue.CORPUS_EMPTY(f"corpus {corpus.name} is empty: it holds no text; give another --corpus")
     token_ids = [ids for batch in tokenizer.encode_batches(sample) for ids in batch]
     sample_bytes = sum(len(text.encode("utf-8")) for text in sample)
     return make_plan(resolved, info, corpus.text_bytes, token_ids, sample_bytes)
@@ -175,7 +177,7 @@ def _run(job: _Job, artifact: Artifact, reporter: Reporter) -> Manifest:
     contexts = packer.contexts(job.tokenizer.encode_batches(_until_stopped(job.corpus.documents())))
     first = next(contexts, None)
     if first is None:
-        raise UsageError(
+        raise catalogue.CORPUS_TOO_SHORT(
             f"corpus {job.corpus.name} is too short: its {packer.dropped_tokens} tokens do not fill a context of "
             f"{job.resolved.context}; give a smaller --context, or --no-packing"
         )

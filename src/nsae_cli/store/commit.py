@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from nsae_cli.errors import ArtifactError, ResourceError
+from nsae_cli import catalogue
+from nsae_cli.errors import ResourceError
 
 if TYPE_CHECKING:
     import torch
@@ -54,10 +55,11 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise ResourceError(_describe_disk_error(error, path)) from error
+        raise disk_error(error, path) from error
 
 
-def _describe_disk_error(error: Exception, path: Path) -> str:
+def disk_error(error: Exception, path: Path) -> ResourceError:
+    """What to raise for a write that failed."""
     # safetensors reports system errors as text only: "... (os error 28)".
     text = str(error)
     code = error.errno if isinstance(error, OSError) else None
@@ -68,16 +70,20 @@ def _describe_disk_error(error: Exception, path: Path) -> str:
     if code in (errno.ENOSPC, errno.EDQUOT):
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(path.parent).free
-            return f"disk full: {what} ({free / 2**20:,.0f} MiB free); free space and run the same command again"
-        return f"disk full: {what}; free space and run the same command again"
+            return catalogue.DISK_FULL(
+                f"disk full: {what} ({free / 2**20:,.0f} MiB free); free space and run the same command again"
+            )
+        return catalogue.DISK_FULL(f"disk full: {what}; free space and run the same command again")
     if code == errno.EFBIG:
-        return f"file size limit reached: {what}; raise the limit (ulimit -f) and run the same command again"
+        return catalogue.FILE_SIZE_LIMIT(
+            f"file size limit reached: {what}; raise the limit (ulimit -f) and run the same command again"
+        )
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"no permission: {what}; choose a writable folder with --workspace"
+        return catalogue.NO_PERMISSION(f"no permission: {what}; choose a writable folder with --workspace")
     if code in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST):
-        return f"the folder is missing or not a folder: {what}; check --workspace"
+        return catalogue.FOLDER_MISSING(f"the folder is missing or not a folder: {what}; check --workspace")
     reason = text.splitlines()[0] if text else type(error).__name__
-    return f"{what}: {reason}; check the disk and run the same command again"
+    return catalogue.WRITE_FAILED(f"{what}: {reason}; check the disk and run the same command again")
 
 
 def make_folder(folder: Path) -> None:
@@ -260,13 +266,15 @@ def read_json(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         reason = error.strerror or error
-        raise ResourceError(f"cannot read {path}: {reason}; check the path and its permissions") from error
+        raise catalogue.READ_FAILED(f"cannot read {path}: {reason}; check the path and its permissions") from error
     except UnicodeDecodeError as error:
-        raise ArtifactError(f"{path} is not UTF-8 text; the file is damaged, make the artifact again") from error
+        raise catalogue.JSON_DAMAGED(
+            f"{path} is not UTF-8 text; the file is damaged, make the artifact again"
+        ) from error
     try:
         return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constants)
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
-        raise ArtifactError(
+        raise catalogue.JSON_DAMAGED(
             f"{path} is not valid JSON ({reason}); the file is damaged, make the artifact again"
         ) from error

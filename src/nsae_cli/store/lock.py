@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nsae_cli import catalogue
 from nsae_cli.errors import BusyError
 from nsae_cli.reporter import Reporter
 from nsae_cli.store import commit
@@ -160,4 +161,4 @@ def _is_alive(pid: int) -> bool:
 
 def _busy(name: str, holder: Holder | None, remedy: str) -> BusyError:
     who = "another process" if holder is None else str(holder)
-    return BusyError(f"{name} is being written by {who}; {remedy}")
+    return catalogue.FOLDER_BUSY(f"{name} is being written by {who}; {remedy}")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from nsae_cli.errors import ArtifactError, UsageError
+from nsae_cli import catalogue
 from nsae_cli.store import commit
 from nsae_cli.store.manifest import FORMAT_VERSION, MANIFEST, Manifest, ShardEntry, read_manifest
 
@@ -150,10 +150,12 @@ def _recover_progress(progress: Path, config: dict[str, Any]) -> list[ShardEntry
     try:
         earlier = json.loads(lines[0])["config"]
     except (IndexError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{progress} is damaged; delete the folder {progress.parent.name} and run again") from error
+        raise catalogue.PROGRESS_DAMAGED(
+            f"{progress} is damaged; delete the folder {progress.parent.name} and run again"
+        ) from error
     if earlier != config:
         changed = describe_changes(earlier, config)
-        raise UsageError(
+        raise catalogue.OPTIONS_CHANGED(
             f"{progress.parent.name} was begun with other options ({changed}); give the same, or another --name"
         )
     entries: list[ShardEntry] = []
@@ -237,18 +239,20 @@ class ActivationStore:
         path = self.path / entry.file
         redo = f"the shard is damaged; delete the folder {self.name} and run `nsae collect` again"
         if path.is_symlink():
-            raise ArtifactError(f"{path} is a symbolic link; a store's shards must be files of its own, copy it there")
+            raise catalogue.SHARD_LINK(
+                f"{path} is a symbolic link; a store's shards must be files of its own, copy it there"
+            )
         if not path.is_file():
-            raise ArtifactError(f"{path}: the file is missing; {redo}")
+            raise catalogue.SHARD_MISSING(f"{path}: the file is missing; {redo}")
         size = path.stat().st_size
         if entry.bytes is not None and size != entry.bytes:
-            raise ArtifactError(f"{path}: {size:,} bytes, expected {entry.bytes:,}; {redo}")
+            raise catalogue.SHARD_SIZE(f"{path}: {size:,} bytes, expected {entry.bytes:,}; {redo}")
         try:
             # pread, not mmap: a file that shrinks under a memory map kills the process without a word.
             with safe_open(path, framework="pt", backend="pread") as file:
                 yield file
         except (SafetensorError, OSError) as error:
-            raise ArtifactError(
+            raise catalogue.SHARD_UNREADABLE(
                 f"{path}: not a readable safetensors file ({str(error).splitlines()[0]}); {redo}"
             ) from error
 
@@ -267,7 +271,10 @@ class ActivationStore:
             present = set(file.keys())
             missing = [name for name in names if name not in present]
             if missing:
-                raise ArtifactError(f"{self.path / entry.file}: no tensor {missing[0]!r}; it holds {sorted(present)}")
+                raise catalogue.SHARD_MISMATCH(
+                    f"{self.path / entry.file}: no tensor {missing[0]!r}; it holds {sorted(present)}; "
+                    f"collect the store again"
+                )
             tensors = {name: file.get_tensor(name) for name in names}
         for name, tensor in tensors.items():
             self._check(entry, name, tensor)
@@ -306,15 +313,15 @@ class ActivationStore:
         else:
             shape, dtypes = (entry.rows,), (torch.int32, torch.int64, torch.int16)
         if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-            raise ArtifactError(
+            raise catalogue.SHARD_MISMATCH(
                 f"{self.path / entry.file}: {name} is {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}, "
-                f"the manifest says {list(shape)} {str(dtypes[0]).removeprefix('torch.')}"
+                f"the manifest says {list(shape)} {str(dtypes[0]).removeprefix('torch.')}; collect the store again"
             )
         if entry.tensors is None or name not in entry.tensors:
             return
         if not self._verified.knows(self.path / entry.file, name):
             if commit.tensor_sha256(tensor) != entry.tensors[name]:
-                raise ArtifactError(
+                raise catalogue.CONTENT_CHANGED(
                     f"{self.path / entry.file}: the content of {name} is not what was written (SHA-256 differs); "
                     f"the shard is damaged, delete the folder {self.name} and run `nsae collect` again"
                 )

@@ -14,7 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from nsae_cli.errors import ArtifactError, UsageError
+from nsae_cli import catalogue
 from nsae_cli.reporter import Reporter
 from nsae_cli.store import lock
 
@@ -108,7 +108,9 @@ class Workspace:
         """
         for artifact in self.complete(kind):
             return artifact
-        raise UsageError(f"no complete {kind.folder} in {self.root}; run `nsae {kind.command}` first, or name one")
+        raise catalogue.WORKSPACE_EMPTY(
+            f"no complete {kind.folder} in {self.root}; run `nsae {kind.command}` first, or name one"
+        )
 
     def find(self, kind: Kind, reference: str) -> list[Artifact]:
         """What a name in the workspace, else a path, stands for: one artifact, or all cells of an SAE group.
@@ -128,12 +130,14 @@ class Workspace:
                     return [Artifact(kind, self._name_of(kind, cell), cell) for cell in cells]
             if kind is Kind.ACTIVATIONS:
                 return [Artifact(kind, self._name_of(kind, folder), folder)]  # opening it says what is wrong
-            raise ArtifactError(
+            raise catalogue.UNFINISHED(
                 f"{folder} holds no {kind.mark}: it is not finished or not from `nsae {kind.command}`; "
                 f"run the same command again"
             )
         known = ", ".join(artifact.name for artifact in self.complete(kind)) or "none"
-        raise UsageError(f"no {kind.folder} named {reference!r} in {self.root} and no such path; there are: {known}")
+        raise catalogue.NOT_FOUND(
+            f"no {kind.folder} named {reference!r} in {self.root} and no such path; there are: {known}"
+        )
 
     def _name_of(self, kind: Kind, folder: Path) -> str:
         base = (self.root / kind.folder).resolve()
@@ -148,7 +152,9 @@ def check_name(name: str) -> str:
         UsageError: anything else, path separators and newlines included.
     """
     if not _NAME.fullmatch(name):
-        raise UsageError(f"--name {name[:60]!r} is not a name; use letters, digits, '.', '_' and '-', at most 120")
+        raise catalogue.NAME_INVALID(
+            f"--name {name[:60]!r} is not a name; use letters, digits, '.', '_' and '-', at most 120"
+        )
     return name
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nsae_cli.errors import NumericalError
+from nsae_cli import catalogue
 from nsae_cli.kernels.auxk import with_auxiliary_loss
 from nsae_cli.kernels.select import Choice
 from nsae_cli.kernels.types import StepResult, Weights, in_memory_order
@@ -210,7 +210,7 @@ class Cell:
         if gradients.log_threshold is not None:
             total = total + gradients.log_threshold.sum()
         if not bool(torch.isfinite(total)):
-            raise NumericalError(
+            raise catalogue.LOSS_NOT_FINITE(
                 f"loss or gradient is not finite at step {step + 1} of {self.config.hook} ({self.config.act}, "
                 f"{self.config.l2_norm}); the last checkpoint is kept, try a lower --lr or --clip 1"
             )

@@ -30,6 +30,10 @@ _FILES = ("state.safetensors", "state.json")
 _LOG = "metrics.jsonl"
 
 
+class _Damaged(Exception):  # noqa: N818 - never leaves this module: an older checkpoint stands in
+    """Why a checkpoint cannot be used."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint that was read: steps done, and by cell its state and the content of its metrics.jsonl."""
@@ -90,7 +94,7 @@ class Checkpoints:
             try:
                 found = self._read(step)
                 break
-            except ArtifactError as error:
+            except (_Damaged, ArtifactError) as error:
                 damaged.append(f"step-{step} ({error})")
                 commit.remove_folder(self.folder / f"step-{step}")
         if damaged:
@@ -106,17 +110,17 @@ class Checkpoints:
         folder = self.folder / f"step-{step}"
         for name in ("files.json", *_FILES):
             if not (folder / name).is_file():
-                raise ArtifactError(f"{name} is missing")
+                raise _Damaged(f"{name} is missing")
         expected = commit.read_json(folder / "files.json")
         for name in _FILES:
             if not isinstance(expected, dict) or commit.file_sha256(folder / name) != expected.get(name):
-                raise ArtifactError(f"{name} is not what was written")
+                raise _Damaged(f"{name} is not what was written")
         if commit.read_json(folder / "state.json") != {"step": step}:
-            raise ArtifactError("it is of another step")
+            raise _Damaged("it is of another step")
         try:
             tensors = load_file(folder / "state.safetensors", backend="pread")
         except (SafetensorError, OSError) as error:
-            raise ArtifactError(str(error).splitlines()[0]) from error
+            raise _Damaged(str(error).splitlines()[0]) from error
         cells: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in tensors.items():
             cell, _, name = key.partition("/")

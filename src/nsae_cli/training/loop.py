@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from nsae_cli import catalogue
 from nsae_cli.device import choose_device, one_thread_if_small
-from nsae_cli.errors import ResourceError
 from nsae_cli.kernels import scratch
 from nsae_cli.kernels.select import Choice, choose
 from nsae_cli.reporter import Reporter, SilentReporter
@@ -97,7 +97,7 @@ def _train_unfinished(
         ):
             return _Run(plan, kernel, pool, options, reporter).complete(finished)
     except torch.OutOfMemoryError as error:
-        raise ResourceError(
+        raise catalogue.OUT_OF_MEMORY(
             f"out of memory on {device.type} while training; lower --batch-size or --d-sae or train fewer cells"
         ) from error
     finally:
