@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from nsae_cli import catalogue
 from nsae_cli.analysis.documents import read_document
 from nsae_cli.analysis.top_norms_artifact import load_rows
-from nsae_cli.errors import ArtifactError, UsageError
+from nsae_cli.errors import UsageError
 from nsae_cli.report.page_content import NormsContent, SaeContent
 from nsae_cli.store.commit import read_json
 from nsae_cli.store.data_files import read_arrays, read_data_file
@@ -35,7 +36,9 @@ def read_run(artifact: Artifact) -> dict[str, Any]:
     run = read_document(artifact, required=_RUN_KEYS)
     for key, kind in (("config", dict), ("metrics", dict), ("hook", str)):
         if not isinstance(run[key], kind):
-            raise ArtifactError(f"{artifact.path / artifact.kind.mark}: {key} is damaged; train the SAE again")
+            raise catalogue.DOCUMENT_INVALID(
+                f"{artifact.path / artifact.kind.mark}: {key} is damaged; train the SAE again"
+            )
     return run
 
 
@@ -50,9 +53,9 @@ def read_curves(artifact: Artifact) -> list[dict[str, Any]]:
     try:
         rows = [json.loads(line) for line in content.decode("utf-8").splitlines()]
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{log} cannot be read ({error}); train the SAE again") from error
+        raise catalogue.DOCUMENT_INVALID(f"{log} cannot be read ({error}); train the SAE again") from error
     if not all(isinstance(row, dict) for row in rows):
-        raise ArtifactError(f"{log}: a line is no JSON object; train the SAE again")
+        raise catalogue.DOCUMENT_INVALID(f"{log}: a line is no JSON object; train the SAE again")
     return rows
 
 
@@ -69,7 +72,9 @@ def read_norms(artifact: Artifact) -> NormsContent:
     hooks, bins = len(document["hooks"]), len(arrays.get("edges", [])) - 1
     for name in ("counts", "position0_counts"):
         if name not in arrays or arrays[name].shape != (hooks, bins):
-            raise ArtifactError(f"{path}: {name} is missing or not of {hooks} hooks × {bins} bins; {remedy}")
+            raise catalogue.RESULTS_DAMAGED(
+                f"{path}: {name} is missing or not of {hooks} hooks × {bins} bins; {remedy}"
+            )
     return NormsContent(artifact.name, document, arrays)
 
 
@@ -141,7 +146,7 @@ def norms_of(saes: Sequence[SaeContent], workspace: Workspace) -> list[Artifact]
 
 def refuse_nothing(workspace: Workspace) -> UsageError:
     """The error for a workspace without anything to show."""
-    return UsageError(
+    return catalogue.WORKSPACE_EMPTY(
         f"nothing to report on in {workspace.root}: no norms and no SAEs; make some with `nsae collect --model mini`, "
         f"`nsae norms` and `nsae train`, or choose another --workspace"
     )

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from nsae_cli.errors import ArtifactError
+from nsae_cli import catalogue
 from nsae_cli.store.seal import FILES, repair
 
 
@@ -31,17 +31,21 @@ def read_data_file(path: Path, document: Mapping[str, Any], at_most: int | None 
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise ArtifactError(f"{path} is not a file; {repair(path)}")
+            raise catalogue.RESULTS_DAMAGED(f"{path} is not a file; {repair(path)}")
         if at_most is not None and status.st_size > at_most:
-            raise ArtifactError(f"{path}: {status.st_size:,} bytes, expected at most {at_most:,}; {repair(path)}")
+            raise catalogue.RESULTS_DAMAGED(
+                f"{path}: {status.st_size:,} bytes, expected at most {at_most:,}; {repair(path)}"
+            )
         content = path.read_bytes()
     except OSError as error:
         reason = error.strerror or str(error).splitlines()[0]
-        raise ArtifactError(f"{path} cannot be read ({reason}); {repair(path)}") from error
+        raise catalogue.RESULTS_DAMAGED(f"{path} cannot be read ({reason}); {repair(path)}") from error
     hashes = document.get(FILES)
     expected = hashes.get(path.name) if isinstance(hashes, dict) else None
     if expected is not None and hashlib.sha256(content).hexdigest() != expected:
-        raise ArtifactError(f"{path}: the content is not what was written (SHA-256 differs); {repair(path)}")
+        raise catalogue.CONTENT_CHANGED(
+            f"{path}: the content is not what was written (SHA-256 differs); {repair(path)}"
+        )
     return content
 
 
@@ -54,7 +58,7 @@ def read_arrays(path: Path, document: Mapping[str, Any]) -> dict[str, np.ndarray
     try:
         return {name: tensor.numpy() for name, tensor in read_tensors(path, document).items()}
     except TypeError as error:
-        raise ArtifactError(f"{path}: {str(error).splitlines()[0]}; {repair(path)}") from error
+        raise catalogue.RESULTS_DAMAGED(f"{path}: {str(error).splitlines()[0]}; {repair(path)}") from error
 
 
 def read_tensors(path: Path, document: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -64,4 +68,4 @@ def read_tensors(path: Path, document: Mapping[str, Any]) -> dict[str, torch.Ten
         return load(content)
     except (SafetensorError, ValueError, KeyError, AssertionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ArtifactError(f"{path} cannot be read ({reason}); {repair(path)}") from error
+        raise catalogue.RESULTS_DAMAGED(f"{path} cannot be read ({reason}); {repair(path)}") from error

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from nsae_cli.errors import ArtifactError
+from nsae_cli import catalogue
 from nsae_cli.kernels.types import Weights
 from nsae_cli.sae.autoencoder import SparseAutoencoder
 from nsae_cli.store import commit
@@ -84,16 +84,22 @@ def load_sae(path: Path | str) -> SavedSae:
     """
     folder = Path(path)
     if folder.is_file():
-        raise ArtifactError(f"{folder} is a file; nsae reads safetensors only, from a folder with {CONFIG} and {RUN}")
+        raise catalogue.NOT_AN_ARTIFACT(
+            f"{folder} is a file; nsae reads safetensors only, from a folder with {CONFIG} and {RUN}"
+        )
     if not (folder / RUN).is_file():
-        raise ArtifactError(f"{folder} holds no {RUN}: training is not finished; run the same `nsae train` again")
+        raise catalogue.UNFINISHED(
+            f"{folder} holds no {RUN}: training is not finished; run the same `nsae train` again"
+        )
     run = commit.read_json(folder / RUN)
     if not isinstance(run, dict) or run.get("format_version") != FORMAT_VERSION:
-        raise ArtifactError(f"{folder / RUN} is not of format {FORMAT_VERSION}; it was written by another nsae")
+        raise catalogue.FORMAT_VERSION(
+            f"{folder / RUN} is not of format {FORMAT_VERSION}; it was written by another nsae, read it with that one"
+        )
     config = _read_config(folder, run)
     act = _ACTS.get(str(config.get("architecture"))) if isinstance(config, dict) else None
     if act is None:
-        raise ArtifactError(f"{folder / CONFIG}: unknown architecture; nsae knows {', '.join(_ACTS)}")
+        raise catalogue.SAE_INVALID(f"{folder / CONFIG}: unknown architecture; nsae knows {', '.join(_ACTS)}")
     tensors = _read_tensors(folder, config, run, thresholds=act == "jumprelu")
     threshold = tensors.pop("threshold", None)
     k = _read_k(folder, config) if act == "topk" else None
@@ -115,16 +121,22 @@ def _read_config(folder: Path, run: dict[str, Any]) -> Any:
             known["k"] = options.get("k")
     for key, value in known.items():
         if config.get(key) != value:
-            raise ArtifactError(f"{path}: {key} is {config.get(key)!r}, run.json says {value!r}; {repair(path)}")
+            raise catalogue.SAE_INVALID(
+                f"{path}: {key} is {config.get(key)!r}, run.json says {value!r}; {repair(path)}"
+            )
     return config
 
 
 def _read_k(folder: Path, config: dict[str, Any]) -> int:
     k = config.get("k")
     if not isinstance(k, int) or not 1 <= k <= config["d_sae"]:
-        raise ArtifactError(f"{folder / CONFIG}: k is {k!r}, expected 1 to {config['d_sae']}; train the SAE again")
+        raise catalogue.SAE_INVALID(
+            f"{folder / CONFIG}: k is {k!r}, expected 1 to {config['d_sae']}; train the SAE again"
+        )
     if config.get("rescale_acts_by_decoder_norm") is not False:
-        raise ArtifactError(f"{folder / CONFIG}: rescale_acts_by_decoder_norm is not false; nsae does not rescale")
+        raise catalogue.SAE_INVALID(
+            f"{folder / CONFIG}: rescale_acts_by_decoder_norm is not false; train the SAE again"
+        )
     return k
 
 
@@ -136,7 +148,7 @@ def _read_tensors(
         tensors = load_file(path, backend="pread")
     except (SafetensorError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ArtifactError(f"{path} cannot be read ({reason}); the SAE is damaged, train it again") from error
+        raise catalogue.SAE_DAMAGED(f"{path} cannot be read ({reason}); the SAE is damaged, train it again") from error
     d_in, d_sae = config.get("d_in"), config.get("d_sae")
     shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
     if thresholds:
@@ -146,7 +158,11 @@ def _read_tensors(
         tensor = tensors.get(name)
         if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
             found = "missing" if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
-            raise ArtifactError(f"{path}: {name} is {found}, cfg.json says {list(shape)} float32; train the SAE again")
+            raise catalogue.SAE_DAMAGED(
+                f"{path}: {name} is {found}, cfg.json says {list(shape)} float32; train the SAE again"
+            )
         if name in hashes and commit.tensor_sha256(tensor) != hashes[name]:
-            raise ArtifactError(f"{path}: the content of {name} is not what was written (SHA-256 differs); train again")
+            raise catalogue.CONTENT_CHANGED(
+                f"{path}: the content of {name} is not what was written (SHA-256 differs); train again"
+            )
     return {name: tensors[name] for name in shapes}

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nsae_cli.errors import ArtifactError
+from nsae_cli import catalogue
 
 CHECKSUM, FILES = "checksum", "files"
 
@@ -62,7 +62,9 @@ def check_seal(document: Any, path: Path) -> None:
         ArtifactError: its checksum does not fit.
     """
     if not seal_fits(document):
-        raise ArtifactError(f"{path}: the content is not what was written (its checksum differs); {repair(path)}")
+        raise catalogue.CONTENT_CHANGED(
+            f"{path}: the content is not what was written (its checksum differs); {repair(path)}"
+        )
 
 
 def repair(path: Path) -> str:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from nsae_cli.errors import ArtifactError, UsageError
+from nsae_cli import catalogue
+from nsae_cli.errors import ArtifactError
 from nsae_cli.store import commit
 from nsae_cli.store.manifest import FORMAT_VERSION, MANIFEST, Manifest, ShardEntry, read_manifest
 from nsae_cli.store.seal import is_sealed, seal, seal_fits
@@ -105,7 +106,9 @@ class StoreWriter:
         self.wait()
         entries = [self._entries[index] for index in sorted(self._entries)]
         if (gap := next((i for i, entry in enumerate(entries) if entry.file != shard_name(i)), None)) is not None:
-            raise ArtifactError(f"{self.folder}: {shard_name(gap)} is missing; delete the folder and run again")
+            raise catalogue.SHARD_MISSING(
+                f"{self.folder}: {shard_name(gap)} is missing; delete the folder and run again"
+            )
         manifest = Manifest.model_validate(
             {
                 "format_version": FORMAT_VERSION,
@@ -153,6 +156,17 @@ class StoreWriter:
         self._entries[index] = entry
 
 
+def has_leftovers(folder: Path) -> bool:
+    """Whether a run that was killed right after it had completed the store left something that is not needed."""
+    return (folder / PROGRESS).exists() or bool(commit.leftovers(folder))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what `has_leftovers` finds in a complete store's folder."""
+    commit.remove_leftovers(folder)
+    commit.remove_file(folder / PROGRESS)
+
+
 def _progress_line(entry: ShardEntry) -> str:
     return commit.to_json(seal(entry.model_dump()), indent=None)
 
@@ -175,7 +189,7 @@ def recover_progress(progress: Path, config: dict[str, Any]) -> dict[int, ShardE
     earlier, entries, whole = read_progress(progress)
     if earlier != config:
         changed = describe_changes(earlier, config)
-        raise UsageError(
+        raise catalogue.OPTIONS_CHANGED(
             f"{progress.parent.name} was begun with other options ({changed}); give the same, or another --name"
         )
     there = {
@@ -205,7 +219,9 @@ def read_progress(progress: Path) -> tuple[dict[str, Any], dict[int, ShardEntry]
         if not seal_fits(first) or not isinstance(earlier, dict):
             raise ValueError("its checksum differs")
     except (IndexError, ValueError, KeyError, TypeError, ArtifactError) as error:
-        raise ArtifactError(f"{progress} is damaged; delete the folder {progress.parent.name} and run again") from error
+        raise catalogue.PROGRESS_DAMAGED(
+            f"{progress} is damaged; delete the folder {progress.parent.name} and run again"
+        ) from error
     entries: dict[int, ShardEntry] = {}
     for line in lines[1:]:
         with contextlib.suppress(ValueError, ArtifactError):
@@ -282,18 +298,20 @@ class ActivationStore:
         path = self.path / entry.file
         redo = f"the shard is damaged; delete the folder {self.name} and run `nsae collect` again"
         if path.is_symlink():
-            raise ArtifactError(f"{path} is a symbolic link; a store's shards must be files of its own, copy it there")
+            raise catalogue.SHARD_LINK(
+                f"{path} is a symbolic link; a store's shards must be files of its own, copy it there"
+            )
         if not path.is_file():
-            raise ArtifactError(f"{path}: the file is missing; {redo}")
+            raise catalogue.SHARD_MISSING(f"{path}: the file is missing; {redo}")
         size = path.stat().st_size
         if entry.bytes is not None and size != entry.bytes:
-            raise ArtifactError(f"{path}: {size:,} bytes, expected {entry.bytes:,}; {redo}")
+            raise catalogue.SHARD_SIZE(f"{path}: {size:,} bytes, expected {entry.bytes:,}; {redo}")
         try:
             # pread, not mmap: a file that shrinks under a memory map kills the process without a word.
             with safe_open(path, framework="pt", backend="pread") as file:
                 yield file
         except (SafetensorError, OSError) as error:
-            raise ArtifactError(
+            raise catalogue.SHARD_UNREADABLE(
                 f"{path}: not a readable safetensors file ({str(error).splitlines()[0]}); {redo}"
             ) from error
 
@@ -312,7 +330,10 @@ class ActivationStore:
             present = set(file.keys())
             missing = [name for name in names if name not in present]
             if missing:
-                raise ArtifactError(f"{self.path / entry.file}: no tensor {missing[0]!r}; it holds {sorted(present)}")
+                raise catalogue.SHARD_MISMATCH(
+                    f"{self.path / entry.file}: no tensor {missing[0]!r}; it holds {sorted(present)}; "
+                    f"collect the store again"
+                )
             tensors = {name: file.get_tensor(name) for name in names}
         for name, tensor in tensors.items():
             self._check(entry, name, tensor)
@@ -351,15 +372,15 @@ class ActivationStore:
         else:
             shape, dtypes = (entry.rows,), (torch.int32, torch.int64, torch.int16)
         if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-            raise ArtifactError(
+            raise catalogue.SHARD_MISMATCH(
                 f"{self.path / entry.file}: {name} is {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}, "
-                f"the manifest says {list(shape)} {str(dtypes[0]).removeprefix('torch.')}"
+                f"the manifest says {list(shape)} {str(dtypes[0]).removeprefix('torch.')}; collect the store again"
             )
         if entry.tensors is None or name not in entry.tensors:
             return
         if not self._verified.knows(self.path / entry.file, name):
             if commit.tensor_sha256(tensor) != entry.tensors[name]:
-                raise ArtifactError(
+                raise catalogue.CONTENT_CHANGED(
                     f"{self.path / entry.file}: the content of {name} is not what was written (SHA-256 differs); "
                     f"the shard is damaged, delete the folder {self.name} and run `nsae collect` again"
                 )
