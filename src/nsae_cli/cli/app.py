@@ -26,6 +26,7 @@ from nsae_cli.cli import (
     report,
     run,
     train,
+    verify,
 )
 from nsae_cli.cli.console import print_text
 from nsae_cli.cli.session import Session
@@ -64,6 +65,7 @@ app.command("plot")(plot.command)
 app.command("report")(report.command)
 app.command("bench")(bench.command)
 app.command("list")(list_.command)
+app.command("verify")(verify.command)
 
 
 def _version(asked: bool) -> None:
