@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,8 +120,8 @@ def test_only_the_damaged_shard_of_a_store_is_made_anew(tmp_path: Path, monkeypa
     whole = contents(store)
     shards = sorted(name for name in whole if name.startswith("shard"))
     assert len(shards) > 3
-    flip(store / shards[1])
-    outcome = nsae("--workspace", tmp_path, "norms")
+    flip(store / shards[1], len(whole[shards[1]]) // 2)
+    outcome = nsae("--workspace", tmp_path, *TRAIN, "--device", "cpu")
     assert (outcome.code, "nsae verify --repair" in outcome.message) == (3, True)
     outcome, found = verify(tmp_path, "--repair", "st")
     assert outcome.code == 0, outcome.err
@@ -128,9 +129,12 @@ def test_only_the_damaged_shard_of_a_store_is_made_anew(tmp_path: Path, monkeypa
     assert verify(tmp_path)[1]["activations/st"]["state"] == "unfinished"
     written: list[int] = []
     write = StoreWriter.write
-    monkeypatch.setattr(
-        StoreWriter, "write", lambda self, index, *rest: (written.append(index), write(self, index, *rest))
-    )
+
+    def record(self: StoreWriter, index: int, *rest: Any, **named: Any) -> None:
+        written.append(index)
+        write(self, index, *rest, **named)
+
+    monkeypatch.setattr(StoreWriter, "write", record)
     assert nsae("--workspace", tmp_path, *COLLECT).code == 0
     assert written == [1]
     assert contents(store) == whole

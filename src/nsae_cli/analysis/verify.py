@@ -135,10 +135,10 @@ def _find(references: Sequence[str], workspace: Workspace) -> list[_Target]:
         targets = [
             target
             for kind in Kind
-            if reference.strip("/") and (folder := workspace.folder(kind, reference)).is_dir()
+            if _is_name(reference) and (folder := workspace.folder(kind, reference)).is_dir()
             for target in _of_folder(kind, reference.strip("/"), folder)
         ]
-        targets = targets or _of_path(Path(reference))
+        targets = targets or _of_path(Path(reference), workspace)
         if not targets:
             raise UsageError(
                 f"no artifact named {reference!r} in {workspace.root} and no such path; see `nsae list` for the names"
@@ -170,7 +170,13 @@ def _cells(folder: Path) -> list[Path]:
     return sorted(mark.parent for mark in folder.glob(f"*/{Kind.SAE.mark}"))
 
 
-def _of_path(path: Path) -> list[_Target]:
+def _is_name(reference: str) -> bool:
+    """Whether it can be NAME or NAME/CELL: a path may lead out of the workspace."""
+    parts = Path(reference).parts
+    return 1 <= len(parts) <= 2 and not Path(reference).is_absolute() and ".." not in parts
+
+
+def _of_path(path: Path, workspace: Workspace) -> list[_Target]:
     if not path.is_dir():
         return []
     kinds = [kind for kind in Kind if (path / kind.mark).exists()]
@@ -181,7 +187,7 @@ def _of_path(path: Path) -> list[_Target]:
     elif not kinds:
         kinds = [kind for kind in Kind if path.resolve().parent.name == kind.folder]
     if kinds:
-        return list(_of_folder(kinds[0], path.name or str(path), path))
+        return list(_of_folder(kinds[0], workspace.name_of(kinds[0], path), path))
     return list(_of_workspace(Workspace(path)))
 
 

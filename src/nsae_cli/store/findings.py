@@ -22,7 +22,8 @@ class Finding:
     """One thing that is not as it was written, or that is worth knowing.
 
     Attributes:
-        level: ``damaged``: nothing should be computed from it; ``unfinished``: a command has not ended; ``note``: harmless.
+        level: ``damaged``: nothing should be computed from it; ``unfinished``: a command has not ended; ``note``: it
+            harms nothing.
         file: name in the artifact's folder, or "" for the folder itself.
         text: what was found, without a full stop.
     """

@@ -123,13 +123,13 @@ class Workspace:
             if not folder.is_dir():
                 continue
             if (folder / kind.mark).is_file():
-                return [Artifact(kind, self._name_of(kind, folder), folder)]
+                return [Artifact(kind, self.name_of(kind, folder), folder)]
             if kind is Kind.SAE:
                 cells = sorted(mark.parent for mark in folder.glob(f"*/{kind.mark}"))
                 if cells:
-                    return [Artifact(kind, self._name_of(kind, cell), cell) for cell in cells]
+                    return [Artifact(kind, self.name_of(kind, cell), cell) for cell in cells]
             if kind is Kind.ACTIVATIONS:
-                return [Artifact(kind, self._name_of(kind, folder), folder)]  # opening it says what is wrong
+                return [Artifact(kind, self.name_of(kind, folder), folder)]  # opening it says what is wrong
             raise catalogue.UNFINISHED(
                 f"{folder} holds no {kind.mark}: it is not finished or not from `nsae {kind.command}`; "
                 f"run the same command again"
@@ -139,7 +139,8 @@ class Workspace:
             f"no {kind.folder} named {reference!r} in {self.root} and no such path; there are: {known}"
         )
 
-    def _name_of(self, kind: Kind, folder: Path) -> str:
+    def name_of(self, kind: Kind, folder: Path) -> str:
+        """The name of a folder in the workspace, NAME or NAME/CELL; elsewhere the folder's own."""
         base = (self.root / kind.folder).resolve()
         resolved = folder.resolve()
         return resolved.relative_to(base).as_posix() if base in resolved.parents else folder.name
