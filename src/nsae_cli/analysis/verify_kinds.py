@@ -14,7 +14,7 @@ from nsae_cli.errors import NsaeError
 from nsae_cli.store.data_files import read_arrays, read_data_file
 from nsae_cli.store.findings import Check, check_files, check_json, check_strangers, short
 from nsae_cli.store.sae_folder import DATA_FILES, LOG, load_sae
-from nsae_cli.store.seal import FILES
+from nsae_cli.store.seal import FILES, is_plain_name
 from nsae_cli.store.workspace import Kind
 from nsae_cli.training.checkpoint import BEGUN, Checkpoints
 from nsae_cli.training.plan import GROUP
@@ -135,7 +135,9 @@ def _features(folder: Path, document: Document, check: Check) -> None:
 
 def _table(folder: Path, document: Document, check: Check) -> None:
     for figure in document["figures"]:
-        if not (folder / figure).is_file():
+        if not is_plain_name(figure):
+            check.damaged(Kind.TABLE.mark, f"names the figure {str(figure)[:80]!r}, which is not one of this folder")
+        elif not (folder / figure).is_file():
             check.note(figure, "the figure is missing; the same command draws it again")
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from nsae_cli.errors import NsaeError
 from nsae_cli.store import commit
-from nsae_cli.store.seal import FILES, is_sealed
+from nsae_cli.store.seal import FILES, is_plain_name, is_sealed
 
 #: Files that belong to the machine and not to the result.
 PASSING = frozenset({"timings.jsonl", "verified.jsonl"})
@@ -95,6 +95,9 @@ def check_files(check: Check, folder: Path, document: dict[str, Any]) -> None:
     hashes = document.get(FILES)
     for name, expected in sorted(hashes.items()) if isinstance(hashes, dict) else ():
         check.poll()
+        if not is_plain_name(name):
+            check.damaged("", f"names the file {name[:80]!r}, which is not one of this folder")
+            continue
         path = folder / name
         if not plain_file(check, path):
             continue

@@ -367,7 +367,8 @@ class ActivationStore:
         if self.manifest.command is None and not self.manifest.altered:
             return "the shard is damaged; get it again from where the store came from"
         command = "alter" if self.manifest.altered else "collect"
-        return f"run `nsae verify --repair {self.path}`, then the same `nsae {command}` again: only this shard is made anew"
+        repair = f"run `nsae verify --repair {self.path}`, then the same `nsae {command}` again"
+        return f"{repair}: only this shard is made anew"
 
     def _check(self, entry: ShardEntry, name: str, tensor: torch.Tensor) -> None:
         shape: tuple[int, ...]

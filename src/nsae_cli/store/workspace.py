@@ -139,6 +139,16 @@ class Workspace:
             f"no {kind.folder} named {reference!r} in {self.root} and no such path; there are: {known}"
         )
 
+    def find_recorded(self, kind: Kind, name: object) -> list[Artifact]:
+        """As `find`, for a name that an artifact's file gives: it may not lead anywhere else.
+
+        Raises:
+            UsageError: there is nothing of that name, or it is none.
+        """
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or "\0" in name:
+            raise catalogue.NOT_FOUND(f"{str(name)[:60]!r} is no name of {kind.folder}; name one that is there")
+        return self.find(kind, name)
+
     def name_of(self, kind: Kind, folder: Path) -> str:
         """The name of a folder in the workspace, NAME or NAME/CELL; elsewhere the folder's own."""
         base = (self.root / kind.folder).resolve()
