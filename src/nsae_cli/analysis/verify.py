@@ -142,7 +142,7 @@ def _find(references: Sequence[str], workspace: Workspace) -> list[_Target]:
         targets = targets or _of_path(Path(reference), workspace)
         if not targets:
             raise UsageError(
-                f"no artifact named {reference[:80]!r} in {workspace.root} and no such path; see `nsae list` for the names"
+                f"no artifact named {reference[:80]!r} in {workspace.root} and no such path; `nsae list` shows the names"
             )
         found |= {target.path: target for target in targets}
     return list(found.values())
