@@ -25,16 +25,21 @@ class Session:
     reporter: Reporter = field(default_factory=ConsoleReporter)
 
     def begin(self, workspace: Workspace, verbosity: int, json: bool) -> None:
-        """Takes over the options.
+        """Takes over the options."""
+        self.workspace, self.json, self.reporter = workspace, json, ConsoleReporter(verbosity)
+
+    def check_workspace(self) -> None:
+        """For commands that need the workspace.
 
         Raises:
             ResourceError: the workspace, or a folder above it, is a file.
         """
-        self.workspace, self.json, self.reporter = workspace, json, ConsoleReporter(verbosity)
-        root = workspace.root.absolute()
+        root = self.workspace.root.absolute()
         existing = next(folder for folder in (root, *root.parents) if folder.exists())
         if not existing.is_dir():
-            raise ResourceError(f"workspace {workspace.root}: {existing} is a file, not a folder; choose --workspace")
+            raise ResourceError(
+                f"workspace {self.workspace.root}: {existing} is a file, not a folder; choose --workspace"
+            )
 
     def choose(self, kind: Kind, reference: str | None) -> list[Artifact]:
         """The artifacts that a positional argument names; without one the newest complete, said on stderr."""
