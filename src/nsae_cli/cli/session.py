@@ -14,6 +14,7 @@ from nsae_cli.cli.console import ConsoleReporter, print_json, print_result, prin
 from nsae_cli.errors import ResourceError
 from nsae_cli.reporter import Reporter
 from nsae_cli.store.workspace import Artifact, Kind, Workspace
+from nsae_cli.store.writable import nearest_existing
 
 
 @dataclass
@@ -34,8 +35,7 @@ class Session:
         Raises:
             ResourceError: the workspace, or a folder above it, is a file.
         """
-        root = self.workspace.root.absolute()
-        existing = next(folder for folder in (root, *root.parents) if folder.exists())
+        existing = nearest_existing(self.workspace.root)
         if not existing.is_dir():
             raise ResourceError(
                 f"workspace {self.workspace.root}: {existing} is a file, not a folder; choose --workspace"

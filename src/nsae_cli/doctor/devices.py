@@ -50,7 +50,11 @@ def _driver() -> str | None:
 
 def _cuda(torch: Any, available: bool, said: list[str]) -> Check:
     driver = _driver()
-    values = {"available": available, "driver": driver, "count": torch.cuda.device_count() if available else 0}
+    values: dict[str, Any] = {
+        "available": available,
+        "driver": driver,
+        "count": torch.cuda.device_count() if available else 0,
+    }
     shown = f"driver {driver}" if driver else "no NVIDIA driver"
     if available:
         count = values["count"]

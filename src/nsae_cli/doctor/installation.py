@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlparse
 
 import nsae_cli
@@ -91,7 +92,11 @@ def _python() -> Check:
     version = platform.python_version()
     where = "virtual environment" if sys.prefix != sys.base_prefix else "no virtual environment"
     found = f"{version}, {platform.python_implementation()}, {where}, {sys.executable}"
-    values = {"version": version, "implementation": platform.python_implementation(), "executable": sys.executable}
+    values: dict[str, Any] = {
+        "version": version,
+        "implementation": platform.python_implementation(),
+        "executable": sys.executable,
+    }
     needed = _requirements()[1]
     if needed is not None:
         from packaging.specifiers import SpecifierSet
@@ -127,7 +132,7 @@ def _requirements() -> tuple[list[str], str | None]:
     except metadata.PackageNotFoundError:
         return [], None
     required = [text for text in installed.get_all("Requires-Dist") or [] if "extra ==" not in text]
-    return required, installed.get("Requires-Python")
+    return required, next(iter(installed.get_all("Requires-Python") or []), None)
 
 
 def _also(name: str) -> Iterator[Check]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from nsae_cli.doctor.check import Check, note, ok, problem
+from nsae_cli.errors import ResourceError
 from nsae_cli.report.format import size_in_bytes
 from nsae_cli.store.workspace import Kind, Workspace
+from nsae_cli.store.writable import nearest_existing, require_writable
 
 _LITTLE_SPACE = 2**30
 _FEW_INODES = 1000
@@ -27,8 +28,7 @@ def look_at_workspace(workspace: Workspace) -> Iterator[Check]:
     yield folder
     if folder.fatal:
         return
-    existing = next(parent for parent in (root, *root.parents) if parent.exists())
-    yield _disk(existing)
+    yield _disk(nearest_existing(root))
     if root.is_dir():
         yield _artifacts(workspace)
         yield from _locks(root)
@@ -37,17 +37,15 @@ def look_at_workspace(workspace: Workspace) -> Iterator[Check]:
 
 
 def _folder(root: Path) -> Check:
-    existing = next(parent for parent in (root, *root.parents) if parent.exists())
+    existing = nearest_existing(root)
     values = {"path": str(root), "exists": root.is_dir(), "writable": False}
     if not existing.is_dir():
         return problem("folder", f"{root}: {existing} is a file, not a folder", _CHOOSE, fatal=True, **values)
     try:
-        with tempfile.TemporaryFile(dir=existing) as file:  # nameless: nothing is left, whatever happens
-            file.write(b"nsae doctor")
-            file.flush()
-    except OSError as error:
-        why = error.strerror or str(error)
-        return problem("folder", f"{root}: cannot be written ({why})", _CHOOSE, fatal=True, **values)
+        require_writable(root)
+    except ResourceError as error:
+        what, _, remedy = str(error).partition("; ")
+        return problem("folder", f"{root}: {what}", remedy, fatal=True, **values)
     values["writable"] = True
     return ok("folder", f"{root}, {'writable' if root.is_dir() else 'not there yet, can be made'}", **values)
 
