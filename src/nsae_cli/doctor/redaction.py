@@ -43,7 +43,7 @@ class Redactor:
         self._homes = sorted({home for home in homes if len(home) > 1}, key=len, reverse=True)
         # A name such as "root" tells nothing; in words it stays (a user may be called "torch"), in paths it goes.
         named = user is not None and len(user) > 1 and user != "root"
-        self._user = re.compile(rf"(?<=[/\\_@-]){re.escape(user or '')}(?=[/\\:_@.-]|$)") if named else None
+        self._user = re.compile(rf"(?<=[/\\_@-]){re.escape(user or '')}(?![A-Za-z0-9])") if named else None
 
     @classmethod
     def of_this_user(cls) -> Redactor:
@@ -66,7 +66,7 @@ class Redactor:
         """The text without them."""
         text = _URL_LOGIN.sub("…@", _TOKEN_TEXT.sub(r"\1_…", text))
         for home in self._homes:
-            text = re.sub(rf"{re.escape(home)}(?=[/\\\s:;,'\")]|$)", "~", text)
+            text = re.sub(rf"{re.escape(home)}(?![A-Za-z0-9_-])", "~", text)
         return text if self._user is None else self._user.sub("~", text)
 
     def value(self, value: Any) -> Any:
