@@ -384,7 +384,7 @@ def test_no_secret_and_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     refused = nsae("doctor")
     assert refused.code == 4
     for shown in (report.out, squeezed(text.out), refused.err, squeezed(refused.out)):
-        for secret in ("carlotta", "QwErTy", "topsecret", "hunter22", "someone", "ZxCvBn", str(tmp_path), "\x1b"):
+        for secret in ("carlotta", "QwErTy", "topsecret", "hunter22", "someone", "ZxCvBn", str(home), "\x1b"):
             assert secret not in shown
     sections = report.json["result"]["sections"]
     assert sections["workspace"]["folder"]["values"]["path"] == "~/runs"
