@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,14 +64,11 @@ def run_audit(
             document = read_document(artifact, required=("sae", "rows", "options", "metrics"))
             _require_same(artifact_name, document, wanted)
             return AuditResult(artifact, document, already_complete=True)
-        commit.make_folder(artifact.path)
-        try:
+        with workspace.writing(artifact.path, reporter):
             document = Audit(sae_name, found, compared, options, store, setting, reporter).run(wanted)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                artifact.path.rmdir()
-            raise
-        commit.write_json(artifact.path / Kind.AUDIT.mark, document)
+            commit.make_folder(artifact.path)
+            commit.remove_leftovers(artifact.path)
+            commit.write_json(artifact.path / Kind.AUDIT.mark, document)
         return AuditResult(artifact, document, already_complete=False)
 
 

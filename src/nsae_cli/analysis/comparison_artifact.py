@@ -95,14 +95,15 @@ def run_compare(
         "conclusion": conclude(groups, predictions, missed),
         "notes": _notes(saes, comparison.rows_differ()),
     }
-    commit.make_folder(folder)
-    commit.remove_leftovers(folder)
-    figures = _draw(document, folder)
-    document["figures"] = [figure.name for figure in figures]
-    commit.write_text(folder / "table.md", comparison_markdown(document))
-    commit.write_json(folder / Kind.TABLE.mark, document)
-    for figure in set(outdated) - set(figures):
-        commit.remove_file(figure)
+    with workspace.writing(folder, reporter):
+        commit.make_folder(folder)
+        commit.remove_leftovers(folder)
+        figures = _draw(document, folder)
+        document["figures"] = [figure.name for figure in figures]
+        commit.write_text(folder / "table.md", comparison_markdown(document))
+        commit.write_json(folder / Kind.TABLE.mark, document)
+        for figure in set(outdated) - set(figures):
+            commit.remove_file(figure)
     return TableArtifact(table, document, figures, already_complete=False)
 
 

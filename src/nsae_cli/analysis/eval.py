@@ -103,7 +103,7 @@ def run_eval(
         if done and waiting:
             reporter.note(f"{len(done)} of {len(jobs)} evaluations are already complete")
         fresh: dict[str, dict[str, Any]] = {}
-        runner = _Runner(options, device, model_dtype, reporter)
+        runner = _Runner(options, device, model_dtype, workspace, reporter)
         if waiting:
             reporter.note(f"device {why}, {model_dtype}")
         for _, group in itertools.groupby(sorted(waiting, key=lambda job: job.shared_key), lambda job: job.shared_key):
@@ -191,8 +191,16 @@ def _difference(document: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 class _Runner:
     """Evaluates groups of SAEs that share model, text and hook."""
 
-    def __init__(self, options: EvalOptions, device: torch.device, model_dtype: DTypeName, reporter: Reporter) -> None:
-        self._options, self._device, self._dtype, self._reporter = options, device, model_dtype, reporter
+    def __init__(
+        self,
+        options: EvalOptions,
+        device: torch.device,
+        model_dtype: DTypeName,
+        workspace: Workspace,
+        reporter: Reporter,
+    ) -> None:
+        self._options, self._device, self._dtype = options, device, model_dtype
+        self._workspace, self._reporter = workspace, reporter
         self._model: tuple[ModelInfo, nn.Module] | None = None
         self._text: tuple[str, Text] | None = None
 
@@ -220,10 +228,11 @@ class _Runner:
         started = time.perf_counter()
         for job, evaluation in zip(jobs, study.evaluate(map(self._subject, jobs)), strict=True):
             document = _document(job, study, text, evaluation)
-            commit.make_folder(job.artifact.path)
-            commit.remove_leftovers(job.artifact.path)
-            commit.write_tensors(job.artifact.path / CONTEXTS, evaluation.tensors)
-            commit.write_json(job.artifact.path / Kind.EVAL.mark, document)
+            with self._workspace.writing(job.artifact.path, self._reporter):
+                commit.make_folder(job.artifact.path)
+                commit.remove_leftovers(job.artifact.path)
+                commit.write_tensors(job.artifact.path / CONTEXTS, evaluation.tensors)
+                commit.write_json(job.artifact.path / Kind.EVAL.mark, document)
             with contextlib.suppress(OSError):
                 seconds = round(time.perf_counter() - started, 3)
                 log_timing(job.artifact.path, "eval", device=str(self._device), together=len(jobs), seconds=seconds)

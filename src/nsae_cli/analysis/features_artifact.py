@@ -19,7 +19,8 @@ from nsae_cli.lm.token_text import token_text
 from nsae_cli.lm.unembedding import load_unembedding
 from nsae_cli.reporter import Reporter
 from nsae_cli.store import commit
-from nsae_cli.store.sae_folder import load_sae
+from nsae_cli.store.sae_folder import SavedSae, load_sae
+from nsae_cli.store.shards import ActivationStore
 from nsae_cli.store.workspace import Artifact, Kind, Workspace
 
 TENSORS = "features.safetensors"
@@ -67,11 +68,22 @@ def find_or_measure_features(
         if all(document[key] == value for key, value in wanted.items()):
             return FeaturesArtifact(artifact, document, _load(artifact, document))
         reporter.note(f"{artifact.path} is of other rows, options or weights: measured again")
+    with workspace.writing(artifact.path, reporter):
+        return _measure(saved, sae.name, store, options, artifact, reporter)
+
+
+def _measure(
+    saved: SavedSae, sae_name: str, store: ActivationStore, options: FeatureOptions, artifact: Artifact,
+    reporter: Reporter,
+) -> FeaturesArtifact:  # fmt: skip
+    """Measures and writes; an earlier measurement of the name loses its mark first."""
+    mark = artifact.path / Kind.FEATURES.mark
+    if mark.is_file():
         commit.remove_file(mark)
     say_what_is_missing(store, reporter)
     unembedding = load_unembedding(store.manifest, reporter)
     result = measure_features(
-        saved, sae.name, store, options, token_text(store.manifest, reporter), unembedding, reporter
+        saved, sae_name, store, options, token_text(store.manifest, reporter), unembedding, reporter
     )
     commit.make_folder(artifact.path)
     commit.remove_leftovers(artifact.path)

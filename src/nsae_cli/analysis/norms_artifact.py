@@ -54,6 +54,7 @@ def run_norms(
         UsageError: NAME holds the norms of other activations, or a probe of a store without tokens.
         ArtifactError: the store, or what NAME holds, is damaged.
         NumericalError: a norm is not finite.
+        BusyError: another process is writing NAME.
         Interrupted: a signal asked to stop; nothing was written.
     """
     name = check_name(store.name if name is None else name)
@@ -69,6 +70,15 @@ def run_norms(
             raise catalogue.NAME_TAKEN(f"--name {name} holds the norms of {other}; choose another --name")
         if not options.probe or all(hook["probe"] is not None for hook in document["hooks"]):
             return NormsArtifact(artifact, document, figures, already_complete=True)
+    with workspace.writing(folder, reporter):
+        document = _measure(store, options, folder, figures, reporter)
+    return NormsArtifact(artifact, document, figures, already_complete=False)
+
+
+def _measure(
+    store: ActivationStore, options: NormsOptions, folder: Path, figures: list[Path], reporter: Reporter
+) -> dict[str, Any]:
+    """Measures, draws and writes; returns norms.json."""
     commit.make_folder(folder)
     commit.remove_leftovers(folder)
     say_what_is_missing(store, reporter)
@@ -82,4 +92,4 @@ def run_norms(
         if apart is not None:
             save_png(apart, figures[1])
     write_norms(folder, result)
-    return NormsArtifact(artifact, result.document, figures, already_complete=False)
+    return result.document

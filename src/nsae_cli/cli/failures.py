@@ -27,7 +27,7 @@ _TYPER_USAGE = typer.BadParameter.__mro__[1]
 
 #: A failure with several problems is one line up to this length; a longer one lists them above its last line.
 _ONE_LINE = 200
-_SESSION_OPTIONS = ("--workspace", "--verbose", "-v", "--quiet", "-q", "--json", "--debug", "--version")
+_SESSION_OPTIONS = ("--workspace", "--verbose", "-v", "--quiet", "-q", "--json", "--debug", "--break-lock", "--version")
 
 
 def describe(error: BaseException, log: Path | None = None) -> tuple[int, str | None]:

@@ -32,7 +32,7 @@ from nsae_cli.lm.shard_buffer import ShardBuffer
 from nsae_cli.lm.tokenizing import TextTokenizer, load_tokenizer
 from nsae_cli.reporter import Reporter
 from nsae_cli.store.manifest import MANIFEST, Manifest, read_manifest
-from nsae_cli.store.shards import StoreWriter, describe_changes
+from nsae_cli.store.shards import StoreWriter, describe_changes, has_leftovers, remove_leftovers
 from nsae_cli.store.workspace import Artifact, Kind, Workspace, config_hash, log_timing
 
 _SAMPLE_DOCUMENTS = 256
@@ -63,6 +63,7 @@ def collect(config: CollectConfig, workspace: Workspace, reporter: Reporter) -> 
         ArtifactError: model, tokenizer or an unfinished store is damaged.
         ResourceError: model, hub, corpus, device, memory or disk not available.
         NumericalError: values that are not finite or do not fit the storage dtype.
+        BusyError: another process is writing the store.
         Interrupted: a signal asked to stop; the same command goes on.
     """
     with quiet_libraries():
@@ -75,19 +76,37 @@ def collect(config: CollectConfig, workspace: Workspace, reporter: Reporter) -> 
         name = config.name or f"{base}-{resolved.site}-{config_hash(options)}"
         artifact = Artifact(Kind.ACTIVATIONS, name, workspace.folder(Kind.ACTIVATIONS, name))
 
-        if (artifact.path / MANIFEST).is_file():
-            manifest, _ = read_manifest(artifact.path)
-            _require_same_options(name, manifest, options)
-            reporter.note(f"{name} is already complete: {manifest.rows:,} rows")
-            return CollectResult(artifact, manifest, reused=True)
+        if (found := _complete(artifact, options, reporter)) is not None:
+            if has_leftovers(artifact.path):
+                with workspace.writing(artifact.path, reporter):
+                    remove_leftovers(artifact.path)
+            return found
+        with workspace.writing(artifact.path, reporter):
+            # Looked at again: another process may have completed it just now.
+            if (found := _complete(artifact, options, reporter)) is not None:
+                return found
+            tokenizer = load_tokenizer(info)
+            plan = _plan(resolved, info, corpus, tokenizer)
+            free = check_space(plan, artifact.path)
+            reporter.note(f"{name}: {_plan_text(plan)}, {size_text(free)} free")
+            reporter.note(f"device {device_reason}, {resolved.model_dtype}")
+            manifest = _run(_Job(resolved, info, corpus, tokenizer, plan, device), artifact, reporter)
+            return CollectResult(artifact, manifest, reused=False)
 
-        tokenizer = load_tokenizer(info)
-        plan = _plan(resolved, info, corpus, tokenizer)
-        free = check_space(plan, artifact.path)
-        reporter.note(f"{name}: {_plan_text(plan)}, {size_text(free)} free")
-        reporter.note(f"device {device_reason}, {resolved.model_dtype}")
-        manifest = _run(_Job(resolved, info, corpus, tokenizer, plan, device), artifact, reporter)
-        return CollectResult(artifact, manifest, reused=False)
+
+def _complete(artifact: Artifact, options: dict[str, Any], reporter: Reporter) -> CollectResult | None:
+    """The store, if it is complete.
+
+    Raises:
+        UsageError: it was collected with other options.
+        ArtifactError: its manifest is damaged.
+    """
+    if not (artifact.path / MANIFEST).is_file():
+        return None
+    manifest, _ = read_manifest(artifact.path)
+    _require_same_options(artifact.name, manifest, options)
+    reporter.note(f"{artifact.name} is already complete: {manifest.rows:,} rows")
+    return CollectResult(artifact, manifest, reused=True)
 
 
 def _require_same_options(name: str, manifest: Manifest, options: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from nsae_cli.store.batches import stable_seed
 from nsae_cli.store.contexts import Contexts
 from nsae_cli.store.manifest import MANIFEST, Manifest, describe_alterations, read_manifest
 from nsae_cli.store.profile import HookProfile, profile_hook
-from nsae_cli.store.shards import ActivationStore, StoreWriter, open_activations
+from nsae_cli.store.shards import ActivationStore, StoreWriter, has_leftovers, open_activations, remove_leftovers
 from nsae_cli.store.workspace import Artifact, Kind, Workspace, check_name, log_timing
 from nsae_cli.values import Size
 
@@ -94,6 +94,7 @@ def alter_store(
         UsageError: NAME is another store.
         ArtifactError: the store is damaged or holds nothing to change.
         NumericalError: a changed value does not fit the storage dtype, or rows are not finite.
+        BusyError: another process is writing the new store.
         Interrupted: a signal asked to stop.
     """
     base = re.sub(r"[^A-Za-z0-9_.\-]+", "_", store.name).lstrip("._-")[:80] or "store"
@@ -108,7 +109,18 @@ def alter_store(
         latest = manifest.altered[-1] if manifest.altered else {}
         if {key: latest.get(key) for key in change} != change:
             raise catalogue.NAME_TAKEN(f"--name {name} is another store; choose another --name")
+        if has_leftovers(artifact.path):
+            with workspace.writing(artifact.path, reporter):
+                remove_leftovers(artifact.path)
         return AlteredStore(artifact, manifest, already_complete=True)
+    with workspace.writing(artifact.path, reporter):
+        return _write_altered(store, options, artifact, change, reporter)
+
+
+def _write_altered(
+    store: ActivationStore, options: AlterOptions, artifact: Artifact, change: dict[str, Any], reporter: Reporter
+) -> AlteredStore:
+    name = artifact.name
     contexts = Contexts(store)
     alterations = [
         _Alteration.plan(store, profile_hook(store, hook, contexts), options) for hook in store.manifest.hooks

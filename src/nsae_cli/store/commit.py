@@ -3,6 +3,8 @@
 A file is written as ``.<name>.<uuid>.tmp`` in its own folder, flushed to the disk (fsync), renamed, and the folder is
 flushed. Each artifact's JSON is written last by the same protocol: it is the artifact's completion mark.
 Every durable operation passes through `_operation`, the one place where tests inject faults.
+
+Figures are written by it too, so nothing here imports torch before tensors are written.
 """
 
 from __future__ import annotations
@@ -16,14 +18,15 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from nsae_cli import catalogue
 from nsae_cli.errors import ResourceError
+
+if TYPE_CHECKING:
+    import torch
 
 #: Called as ``fault_hook(operation, path)`` before every durable operation; tests set it to raise or to exit.
 fault_hook: Callable[[str, Path], None] | None = None
@@ -84,13 +87,20 @@ def disk_error(error: Exception, path: Path) -> ResourceError:
 
 
 def make_folder(folder: Path) -> None:
-    """Creates `folder` and its parents.
+    """Creates `folder` and its parents; those that are new are durable afterwards.
 
     Raises:
         ResourceError: the folder cannot be created or written to.
     """
     with disk_errors(folder / "."):
-        folder.mkdir(parents=True, exist_ok=True)
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
+        for path in reversed(new):
+            _operation("mkdir", path)
+            path.mkdir(exist_ok=True)
+            _operation("fsync-folder", path.parent)
+            _fsync_folder(path.parent)
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
@@ -122,11 +132,16 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 text file, whole or not at all."""
-    write_file(path, lambda temporary: _write_bytes(temporary, text.encode("utf-8")))
+    write_bytes(path, text.encode("utf-8"))
 
 
-def _write_bytes(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file, whole or not at all."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
+
+    write_file(path, write)
 
 
 def to_json(value: Any, *, indent: int | None = 2) -> str:
@@ -141,6 +156,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Writes a safetensors file, whole or not at all."""
+    from safetensors.torch import save_file
+
     contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     write_file(path, lambda temporary: save_file(contiguous, temporary))
 
@@ -163,6 +180,32 @@ def remove_file(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Removes a folder that is no longer needed; no error where it is gone already.
+
+    It loses its name at once: what is half removed never stands under it.
+    """
+    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"
+    with disk_errors(folder):
+        _operation("rename", folder)
+        try:
+            folder.rename(temporary)
+        except FileNotFoundError:
+            return
+        try:
+            _operation("remove-tree", temporary)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def append_log(path: Path, line: str) -> None:
+    """Appends one line to a log that checkpoints hold a copy of; not flushed to the disk, see `sync`."""
+    with disk_errors(path):
+        _operation("log", path)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
 def append_line(path: Path, line: str) -> None:
     """Appends one line to a log of durable events and flushes it to the disk."""
     with disk_errors(path):
@@ -173,9 +216,14 @@ def append_line(path: Path, line: str) -> None:
             os.fsync(file.fileno())
 
 
+def leftovers(folder: Path) -> list[Path]:
+    """Temporary files and folders in `folder`: half-written by a run that was killed, or by one that runs."""
+    return [*folder.glob(".*.tmp"), *folder.glob("*.tmp-*")]
+
+
 def remove_leftovers(folder: Path) -> None:
     """Removes temporary files and folders that a killed run left behind."""
-    for leftover in (*folder.glob(".*.tmp"), *folder.glob("*.tmp-*")):
+    for leftover in leftovers(folder):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
@@ -184,6 +232,8 @@ def remove_leftovers(folder: Path) -> None:
 
 def tensor_sha256(tensor: torch.Tensor) -> str:
     """Hex SHA-256 of a CPU tensor's bytes in row-major order (what a safetensors file holds for it)."""
+    import torch
+
     raw = tensor.contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
     return hashlib.sha256(raw.numpy().data).hexdigest()
 

@@ -132,6 +132,17 @@ class StoreWriter:
         self.entries.append(entry)
 
 
+def has_leftovers(folder: Path) -> bool:
+    """Whether a run that was killed right after it had completed the store left something that is not needed."""
+    return (folder / PROGRESS).exists() or bool(commit.leftovers(folder))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what `has_leftovers` finds in a complete store's folder."""
+    commit.remove_leftovers(folder)
+    commit.remove_file(folder / PROGRESS)
+
+
 def _recover_progress(progress: Path, config: dict[str, Any]) -> list[ShardEntry]:
     """The durable shards of an interrupted run; a torn last line, or a shard that is gone, is written again."""
     text = progress.read_text(encoding="utf-8", errors="replace")

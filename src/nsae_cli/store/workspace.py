@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from nsae_cli import catalogue
+from nsae_cli.reporter import Reporter
+from nsae_cli.store import lock
 
 DEFAULT_WORKSPACE = "nsae-runs"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,119}")
@@ -52,14 +55,29 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Finds and names artifacts below `root`."""
+    """Finds and names artifacts below `root`, and lets one process at a time write into each.
+
+    Attributes:
+        root: the folder.
+        break_lock: take over locks that another machine has left.
+    """
 
     root: Path
+    break_lock: bool = False
 
     @classmethod
-    def at(cls, option: Path | None) -> Workspace:
+    def at(cls, option: Path | None, *, break_lock: bool = False) -> Workspace:
         """The workspace of ``--workspace``, else of ``NSAE_WORKSPACE``, else ``./nsae-runs``."""
-        return cls(option or Path(os.environ.get("NSAE_WORKSPACE") or DEFAULT_WORKSPACE))
+        return cls(option or Path(os.environ.get("NSAE_WORKSPACE") or DEFAULT_WORKSPACE), break_lock)
+
+    def writing(self, folder: Path, reporter: Reporter) -> contextlib.AbstractContextManager[None]:
+        """Keeps every other process from writing into an artifact's folder while the context is open.
+
+        Raises:
+            BusyError: another process is writing there.
+            ResourceError: the workspace cannot be written.
+        """
+        return lock.writing(folder, reporter, break_lock=self.break_lock)
 
     def folder(self, kind: Kind, name: str) -> Path:
         """Where the artifact `name` of `kind` lives, whether it exists or not."""

@@ -238,8 +238,8 @@ class Cell:
     def state(self) -> dict[str, torch.Tensor]:
         """Everything that a later step depends on beside the configuration, by name.
 
-        On the CPU these are the tensors themselves, not copies: to be written before the next step. Matrices are in the
-        order of their memory (W_enc as [d_sae, d_in]), so that writing them copies nothing either.
+        These are the tensors themselves, not copies. Matrices are in the order of their memory (W_enc as
+        [d_sae, d_in]), so that copying and writing them reorders nothing.
         """
         state = {name: in_memory_order(tensor) for name, tensor in self.weights.named().items()}
         state |= {f"adam/{key}": value for key, value in self._updater.adam.state().items()}
@@ -251,7 +251,7 @@ class Cell:
         if self.control is not None:
             state |= self.control.state()
         state["zero_rows"] = self._zero_rows
-        return {name: tensor.detach().cpu() for name, tensor in state.items()}
+        return {name: tensor.detach() for name, tensor in state.items()}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Goes on from `state()`. A missing entry is a KeyError: nothing is ever re-estimated."""
