@@ -35,6 +35,7 @@ def test_failure(name: str, finished: Path, tmp_path: Path, monkeypatch: pytest.
     errors: list[BaseException] = []
     real = failures.report
     monkeypatch.setattr(failures, "report", lambda error, **options: (errors.append(error), real(error, **options))[1])
+    before = _files(finished)
     arguments = SCENARIOS[name](place)
     outcome = nsae("--workspace", place.workspace, *arguments)
     entry = catalogue.ENTRIES[name]
@@ -45,3 +46,8 @@ def test_failure(name: str, finished: Path, tmp_path: Path, monkeypatch: pytest.
     assert any(template.search(outcome.message) for constant, template in TEMPLATES if constant == name), (
         f"docs/errors.md has no such message under {entry.name}: {outcome.message}"
     )
+    assert _files(finished) == before, "scenarios that write must write elsewhere"
+
+
+def _files(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if path.name != "verified.jsonl"}

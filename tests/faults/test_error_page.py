@@ -22,9 +22,10 @@ TYPES = {kind.__name__ for kind in EXIT_CODES} | {"NsaeError"}
 
 #: What tells the user what to do, or what would have been right; the values of these names do so themselves.
 _WAY_OUT = re.compile(
-    r"\b(add|at least|at most|check|choose|collect|compare|convert|copy|delete|expected|free|get|give|has|holds|install|"
-    r"knows|known|leave|lower|make|mend|name|only|put|raise|read|reads|remove|restore|run|save|say|see|set|show|stop|"
-    r"take|there are|train|try|use|wait|with|write)\b|\{(remedy|nearest|hint|error|why)\}|as in `|stands before"
+    r"\b(add|at least|at most|check|choose|collect|compare|convert|copy|delete|expected|free|get|give|has|holds|"
+    r"install|knows|known|leave|lower|make|mend|name|only|put|raise|read|reads|remove|restore|run|save|say|see|set|"
+    r"show|stop|take|there are|train|try|use|wait|with|write)\b|\{(remedy|nearest|hint|error|why)\}|as in `|"
+    r"stands before|did you mean|is not an option"
 )
 
 
@@ -57,7 +58,7 @@ def test_entry(name: str) -> None:
     assert entry.kind in EXIT_CODES
     for text in (entry.cause, entry.remedy):
         assert text.endswith((".", ")."))
-        assert text[0].isupper() or text[0] in "`-"
+        assert text[0].isupper() or text.startswith(("`", "nsae "))
         assert "\n" not in text
         assert "  " not in text
     error = entry("a message; and what to do")
@@ -72,7 +73,7 @@ def test_message(message: generate_errors.Message) -> None:
     assert "\n" not in message.template
     if message.entry != "Interrupted":
         wrong, _, rest = message.template.partition("; " if "; " in message.template else ": ")
-        assert _WAY_OUT.search(rest or wrong), message.template
+        assert _WAY_OUT.search(rest or wrong) or ": only with" in wrong, message.template
 
 
 def test_several_problems_are_one_error() -> None:
