@@ -12,7 +12,7 @@ import torch
 from provoking import Place, commands, edit, scenario, system_error
 from safetensors.torch import load_file, save_file
 
-from hand_store import make_rows, write_foreign
+from hand_store import HOOK, make_rows, write_foreign, write_full
 from nsae_cli.store import commit
 
 COLLECT = ["collect", "--model", "mini", "--tokens", "2k", "--device", "cpu", "--name", "new"]
@@ -93,8 +93,9 @@ def _(place: Place) -> list[Any]:
 
 @scenario("SYSTEM_ERROR")
 def _(place: Place) -> list[Any]:
-    place.raises("pathlib.Path.is_dir", system_error(errno.EMFILE, place.workspace))
-    return ["list"]
+    place.empty()
+    place.raises("shutil.disk_usage", system_error(errno.ESTALE, place.workspace))
+    return COLLECT
 
 
 @scenario("OUT_OF_MEMORY")
@@ -202,19 +203,16 @@ def _(place: Place) -> list[Any]:
 
 @scenario("RECONSTRUCTION_NOT_FINITE")
 def _(place: Place) -> list[Any]:
-    place.damaged()
-    path = place.cell / "sae_weights.safetensors"
-    tensors = load_file(path)
+    place.empty()
+    folder = place.golden("saelens6-standard")
+    tensors = load_file(folder / "sae_weights.safetensors")
     tensors["W_dec"] *= 1e38
-    save_file(tensors, path)
-    run = json.loads((place.cell / "run.json").read_text())
-    for key in ("weights", "tensors", "sha256"):
-        run.pop(key, None)
-    (place.cell / "run.json").write_text(json.dumps(run))
-    return ["audit", place.cell_name, "--name", "new", "--device", "cpu", "--no-behaviour"]
+    save_file(tensors, folder / "sae_weights.safetensors")
+    rows = write_full(place.tmp / "rows", make_rows(d_in=8), [480])
+    return ["audit", folder, "--activations", rows, "--hook", HOOK, "--no-behaviour", "--device", "cpu"]
 
 
-@scenario("BUSY")
+@scenario("FOLDER_BUSY")
 def _(place: Place) -> list[Any]:
     folder = place.empty() / "activations"
     folder.mkdir(parents=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 from provoking import GOLDEN, Place, commands, edit, scenario
@@ -19,7 +20,6 @@ commands(
     NAME_TAKEN="analyze-top-norms --top 5%",
     OPTIONS_CHANGED="collect --model mini-sink --tokens 30k --device cpu --name {place.store.name}",
     OUTPUT_IS_INPUT="alter --permute-norms --name {place.store.name}",
-    SAME_OUTPUT="eval {place.cell_name} {place.cell_name}",
     NOT_FOUND="train nope",
     SAE_NOT_FOUND="audit no/such/sae",
     ANALYSIS_MISSING="compare --evals nope",
@@ -57,6 +57,12 @@ def _(place: Place) -> list[Any]:
     return ["audit", place.tmp / "several"]
 
 
+@scenario("SAME_OUTPUT")
+def _(place: Place) -> list[Any]:
+    folders = [Path(shutil.copytree(place.cell, place.tmp / parent / "L2-relu")) for parent in ("here", "there")]
+    return ["eval", *folders]
+
+
 @scenario("STORE_OF_SAE_MISSING")
 def _(place: Place) -> list[Any]:
     place.damaged()
@@ -74,6 +80,7 @@ def _(place: Place) -> list[Any]:
     place.damaged()
     name = place.cell_name
     shutil.copytree(place.group, place.group.with_name("twin"))
+    edit(place.workspace / "saes" / "twin" / "L2-relu" / "run.json", weights_sha256="0" * 64)
     return ["compare", name, "twin/L2-relu", "--name", "new"]
 
 
@@ -119,6 +126,7 @@ def _(place: Place) -> list[Any]:
 
 @scenario("NOTHING_HELD_OUT")
 def _(place: Place) -> list[Any]:
+    place.damaged()
     rows = make_rows(contexts=10, d_in=64)
     return ["analyze-top-norms", "--name", "new", "--activations", write_full(place.tmp / "few", rows, [80])]
 

@@ -68,7 +68,7 @@ def run_audit(
             document = Audit(sae_name, found, compared, options, store, setting, reporter).run(wanted)
             commit.make_folder(artifact.path)
             commit.remove_leftovers(artifact.path)
-            commit.write_json(artifact.path / Kind.AUDIT.mark, document)
+            document = commit.write_document(artifact.path / Kind.AUDIT.mark, document, [])
         return AuditResult(artifact, document, already_complete=False)
 
 

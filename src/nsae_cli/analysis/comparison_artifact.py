@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from nsae_cli import catalogue, interrupt
 from nsae_cli.analysis.comparison import CompareOptions, compare
@@ -24,6 +22,7 @@ from nsae_cli.report.comparison_markdown import comparison_markdown
 from nsae_cli.report.figures import comparison_differences, comparison_fronts, save_png
 from nsae_cli.reporter import Reporter
 from nsae_cli.store import commit
+from nsae_cli.store.data_files import read_arrays
 from nsae_cli.store.manifest import read_manifest
 from nsae_cli.store.shards import describe_changes
 from nsae_cli.store.workspace import Artifact, Kind, Workspace, check_name
@@ -101,7 +100,7 @@ def run_compare(
         figures = _draw(document, folder)
         document["figures"] = [figure.name for figure in figures]
         commit.write_text(folder / "table.md", comparison_markdown(document))
-        commit.write_json(folder / Kind.TABLE.mark, document)
+        document = commit.write_document(folder / Kind.TABLE.mark, document, ["table.md"])
         for figure in set(outdated) - set(figures):
             commit.remove_file(figure)
     return TableArtifact(table, document, figures, already_complete=False)
@@ -240,13 +239,7 @@ def _read_contexts(evaluation: _Evaluation) -> dict[str, np.ndarray] | None:
     path = evaluation.artifact.path / _CONTEXTS
     if not path.is_file():
         return None
-    try:
-        tensors = load_file(path, backend="pread")
-    except (SafetensorError, OSError) as error:
-        raise catalogue.RESULTS_DAMAGED(
-            f"{path} cannot be read ({str(error).splitlines()[0]}); delete the folder {path.parent} and run nsae eval "
-            f"again"
-        ) from error
+    tensors = read_arrays(path, evaluation.document)
     context = tensors.get("context")
     if context is None or any(len(tensor) != len(context) for tensor in tensors.values()):
         raise catalogue.RESULTS_DAMAGED(

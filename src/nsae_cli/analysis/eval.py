@@ -232,7 +232,7 @@ class _Runner:
                 commit.make_folder(job.artifact.path)
                 commit.remove_leftovers(job.artifact.path)
                 commit.write_tensors(job.artifact.path / CONTEXTS, evaluation.tensors)
-                commit.write_json(job.artifact.path / Kind.EVAL.mark, document)
+                document = commit.write_document(job.artifact.path / Kind.EVAL.mark, document, [CONTEXTS])
             with contextlib.suppress(OSError):
                 seconds = round(time.perf_counter() - started, 3)
                 log_timing(job.artifact.path, "eval", device=str(self._device), together=len(jobs), seconds=seconds)

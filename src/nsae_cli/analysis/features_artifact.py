@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from nsae_cli import catalogue
 from nsae_cli.analysis.checks import say_what_is_missing
@@ -19,6 +17,7 @@ from nsae_cli.lm.token_text import token_text
 from nsae_cli.lm.unembedding import load_unembedding
 from nsae_cli.reporter import Reporter
 from nsae_cli.store import commit
+from nsae_cli.store.data_files import read_arrays
 from nsae_cli.store.sae_folder import SavedSae, load_sae
 from nsae_cli.store.shards import ActivationStore
 from nsae_cli.store.workspace import Artifact, Kind, Workspace
@@ -88,17 +87,14 @@ def _measure(
     commit.make_folder(artifact.path)
     commit.remove_leftovers(artifact.path)
     commit.write_tensors(artifact.path / TENSORS, result.tensors)
-    commit.write_json(mark, result.document)
-    return FeaturesArtifact(artifact, result.document, {key: t.numpy() for key, t in result.tensors.items()})
+    written = commit.write_document(mark, result.document, [TENSORS])
+    return FeaturesArtifact(artifact, written, {key: t.numpy() for key, t in result.tensors.items()})
 
 
 def _load(artifact: Artifact, document: dict[str, Any]) -> dict[str, np.ndarray]:
     path = artifact.path / TENSORS
     remedy = f"delete the folder {artifact.path} and run again"
-    try:
-        arrays: dict[str, np.ndarray] = load_file(path, backend="pread")
-    except (SafetensorError, OSError) as error:
-        raise catalogue.RESULTS_DAMAGED(f"{path} cannot be read ({str(error).splitlines()[0]}); {remedy}") from error
+    arrays = read_arrays(path, document)
     for name in _NEEDED:
         if name not in arrays or len(arrays[name]) != document.get("d_sae"):
             raise catalogue.RESULTS_DAMAGED(

@@ -6,16 +6,14 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
-
 from nsae_cli import catalogue
 from nsae_cli.analysis.documents import read_document
 from nsae_cli.analysis.top_norms_artifact import load_rows
 from nsae_cli.errors import UsageError
 from nsae_cli.report.page_content import NormsContent, SaeContent
 from nsae_cli.store.commit import read_json
+from nsae_cli.store.data_files import read_arrays, read_data_file
+from nsae_cli.store.sae_folder import LOG
 from nsae_cli.store.workspace import Artifact, Kind, Workspace
 
 _RUN_KEYS = ("config", "hook", "metrics")
@@ -45,15 +43,16 @@ def read_run(artifact: Artifact) -> dict[str, Any]:
 
 
 def read_curves(artifact: Artifact) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl.
+    """The rows of metrics.jsonl, whose hash run.json names.
 
     Raises:
         ArtifactError: missing or damaged.
     """
-    log = artifact.path / "metrics.jsonl"
+    log = artifact.path / LOG
+    content = read_data_file(log, read_run(artifact))
     try:
-        rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
+        rows = [json.loads(line) for line in content.decode("utf-8").splitlines()]
+    except (ValueError, RecursionError) as error:
         raise catalogue.DOCUMENT_INVALID(f"{log} cannot be read ({error}); train the SAE again") from error
     if not all(isinstance(row, dict) for row in rows):
         raise catalogue.DOCUMENT_INVALID(f"{log}: a line is no JSON object; train the SAE again")
@@ -69,10 +68,7 @@ def read_norms(artifact: Artifact) -> NormsContent:
     document = read_document(artifact, required=("activations", "hooks"))
     path = artifact.path / "norms.safetensors"
     remedy = f"delete the folder {artifact.path} and run nsae norms again"
-    try:
-        arrays: dict[str, np.ndarray] = load_file(path, backend="pread")
-    except (SafetensorError, OSError) as error:
-        raise catalogue.RESULTS_DAMAGED(f"{path} cannot be read ({str(error).splitlines()[0]}); {remedy}") from error
+    arrays = read_arrays(path, document)
     hooks, bins = len(document["hooks"]), len(arrays.get("edges", [])) - 1
     for name in ("counts", "position0_counts"):
         if name not in arrays or arrays[name].shape != (hooks, bins):
@@ -94,7 +90,7 @@ def read_sae(artifact: Artifact, workspace: Workspace) -> SaeContent:
         artifact.name,
         run,
         read_curves(artifact),
-        None if top_norms is None else (top_norms[1], load_rows(top_norms[0])),
+        None if top_norms is None else (top_norms[1], load_rows(*top_norms)),
         evaluation,
     )
 

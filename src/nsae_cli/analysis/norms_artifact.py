@@ -91,5 +91,4 @@ def _measure(
         apart = norm_heatmap_position0(result.document, arrays["counts"], arrays["edges"], arrays["position0_counts"])
         if apart is not None:
             save_png(apart, figures[1])
-    write_norms(folder, result)
-    return result.document
+    return write_norms(folder, result)

@@ -119,7 +119,7 @@ def _top_norms(references: Sequence[str], workspace: Workspace, reporter: Report
         artifacts = [_one(Kind.TOP_NORMS, references, workspace, reporter)]
     _refuse_many(len(artifacts), "top-norms")
     documents = [read_document(artifact, required=("sae", "activations", "groups")) for artifact in artifacts]
-    rows = [load_rows(artifact) for artifact in artifacts]
+    rows = [load_rows(artifact, document) for artifact, document in zip(artifacts, documents, strict=True)]
     if len(artifacts) == 1:
         drawn = [
             ("-l0", figures.l0_histogram(rows[0], documents[0])),

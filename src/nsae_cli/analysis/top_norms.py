@@ -157,10 +157,10 @@ def analyze_top_norms(
     )
 
 
-def write_top_norms(folder: Path, result: TopNormsResult) -> None:
-    """Writes top_norms.safetensors and, last, top_norms.json."""
+def write_top_norms(folder: Path, result: TopNormsResult) -> dict[str, Any]:
+    """Writes top_norms.safetensors and, last, top_norms.json, which is returned as it was written."""
     commit.write_tensors(folder / "top_norms.safetensors", result.tensors)
-    commit.write_json(folder / "top_norms.json", result.document)
+    return commit.write_document(folder / "top_norms.json", result.document, ["top_norms.safetensors"])
 
 
 @dataclass

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from nsae_cli import catalogue
 from nsae_cli.analysis.checks import say_what_is_missing
@@ -22,6 +20,7 @@ from nsae_cli.lm.token_text import token_text
 from nsae_cli.report.figures import compare_histograms, l0_histogram, l1_histogram, save_png
 from nsae_cli.reporter import Reporter
 from nsae_cli.store import commit
+from nsae_cli.store.data_files import read_arrays
 from nsae_cli.store.sae_folder import SavedSae, load_sae
 from nsae_cli.store.shards import ActivationStore, describe_changes, open_activations
 from nsae_cli.store.workspace import Artifact, Kind, Workspace, check_name
@@ -131,8 +130,8 @@ def _analyse(
         arrays = {key: tensor.numpy() for key, tensor in result.tensors.items()}
         save_png(l0_histogram(arrays, result.document), figures[0])
         save_png(l1_histogram(arrays, result.document), figures[1])
-        write_top_norms(folder, result)
-    return TopNormsArtifact(artifact, result.document, figures, already_complete=False)
+        document = write_top_norms(folder, result)
+    return TopNormsArtifact(artifact, document, figures, already_complete=False)
 
 
 def _difference(document: dict[str, Any], wanted: dict[str, Any]) -> str:
@@ -188,23 +187,18 @@ def _draw_together(
     if all(result.already_complete for result in results) and all(path.is_file() for path in paths):
         return paths
     loaded: list[tuple[str, dict[str, np.ndarray], dict[str, Any]]] = [
-        (sae.path.name, load_rows(result.artifact), result.document) for sae, result in zip(saes, results, strict=True)
+        (sae.path.name, load_rows(result.artifact, result.document), result.document)
+        for sae, result in zip(saes, results, strict=True)
     ]
     save_png(compare_histograms(loaded, "l0"), paths[0])
     save_png(compare_histograms(loaded, "l1"), paths[1])
     return paths
 
 
-def load_rows(artifact: Artifact) -> dict[str, np.ndarray]:
-    """The tensors of top_norms.safetensors.
+def load_rows(artifact: Artifact, document: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The tensors of top_norms.safetensors, whose hash `document`, the artifact's JSON, names.
 
     Raises:
-        ArtifactError: not readable.
+        ArtifactError: not readable, or not what was written.
     """
-    path = artifact.path / "top_norms.safetensors"
-    try:
-        return load_file(path, backend="pread")
-    except (SafetensorError, OSError) as error:
-        raise catalogue.RESULTS_DAMAGED(
-            f"{path} cannot be read ({str(error).splitlines()[0]}); delete the folder {artifact.path} and run again"
-        ) from error
+    return read_arrays(artifact.path / "top_norms.safetensors", document)

@@ -1,8 +1,9 @@
 """Every class of failure that a user can meet: when it happens and what to do. docs/errors.md is made from it.
 
-`usage` (exit code 2), `artifacts` (3), `environment` (4), `numbers` (5) and `busy` (6) hold the entries. All are here,
-to be raised as ``raise catalogue.DISK_FULL("…")``. The message names the file or option, the value and the remedy; the
-entry says what is common to all messages of its class. Names are stable: scripts and documents may refer to them.
+`usage` (exit code 2), `artifacts` (3), `environment` (4), `numbers` (5) and `busy` (6) hold the entries; this module
+has them all, to be raised as ``raise catalogue.DISK_FULL("…")``. The message names the file or option, the value and
+the remedy; the entry says what is common to all messages of its class. Names are stable: scripts and documents may
+refer to them.
 """
 
 from typing import Any

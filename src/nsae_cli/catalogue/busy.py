@@ -1,12 +1,13 @@
-"""Exit code 6: somebody else is writing there."""
+"""Exit code 6: another process writes where this one would."""
 
 from nsae_cli.errors import BusyError, Entry
 
-BUSY = Entry(
-    "busy",
+FOLDER_BUSY = Entry(
+    "folder-busy",
     BusyError,
-    "Another command is writing the artifact, or one on another machine has begun to and was not seen to end. Two "
-    "writers would spoil each other's files. The lock of a process on this machine that has died is simply taken over.",
-    "Wait until the other command has ended, or stop it. Where a machine went down, say so with `nsae --break-lock "
-    "COMMAND`.",
+    "Another process is writing into the folder: the line says which, on which machine and since when. A lock that a "
+    "killed process of this machine has left is taken over without being asked; of a process on another machine nsae "
+    "cannot tell whether it still runs.",
+    "Wait until it has ended, or stop it. If a process on another machine is gone for sure, give "
+    "`nsae --break-lock` before the command.",
 )

@@ -174,7 +174,7 @@ def _read(folder: Path, config: dict[str, Any], architecture: str, k: int | None
 
 def _names(path: Path) -> set[str]:
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt", backend="pread") as file:
             return set(file.keys())
     except (SafetensorError, OSError):
         return set()  # reading it says why

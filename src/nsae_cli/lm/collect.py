@@ -184,12 +184,12 @@ def _run(job: _Job, artifact: Artifact, reporter: Reporter) -> Manifest:
     writer = StoreWriter(artifact.path, job.resolved.model_dump())
     started = time.perf_counter()
     try:
-        durable_rows = sum(entry.rows for entry in writer.entries)
+        durable_rows = writer.durable_rows
         if durable_rows:
             reporter.note(f"going on after {durable_rows:,} rows in {writer.durable_shards} shards")
-        left = itertools.islice(
-            itertools.chain([first], contexts), writer.durable_shards * job.plan.shard_contexts, None
-        )
+        numbered = enumerate(itertools.chain([first], contexts))
+        # Shards hold whole batches, so leaving some shards out moves no border of the others' batches.
+        left = (one for number, one in numbered if number // job.plan.shard_contexts not in writer.durable)
         # The largest product is the MLP's, four times the model's width.
         product = 4 * job.resolved.batch_size * job.resolved.context * job.info.d_model**2
         with one_thread_if_small(product, job.device):
@@ -223,7 +223,7 @@ def _write_shards(
 ) -> None:
     """Gathers batches into shards and hands each full one to the writer's thread."""
     shard = ShardBuffer(job.plan.shard_contexts, job.resolved.context)
-    index = writer.durable_shards
+    index = writer.missing_from(0)
     clock = _Clock(None if job.plan.rows is None else job.plan.rows - durable_rows)
     with reporter.task("collect", job.plan.rows, "rows") as task:
         task.advance(durable_rows)
@@ -232,7 +232,7 @@ def _write_shards(
             if shard.full:
                 # Rows that are not finite have stopped the run before.
                 writer.write(index, shard.take(), nonfinite_rows=0)
-                index += 1
+                index = writer.missing_from(index + 1)
             task.advance(batch.rows)
             if (expected := clock.after(batch.rows)) is not None:
                 reporter.note(f"expected time {duration_text(expected)}")

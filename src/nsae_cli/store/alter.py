@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,8 +136,8 @@ def _write_altered(
     started = time.monotonic()
     try:
         if writer.durable_shards:
-            reporter.note(f"going on after {writer.durable_shards} shards")
-        for index, tensors in _altered_shards(store, alterations, writer.durable_shards, reporter):
+            reporter.note(f"going on with {writer.durable_shards} shards done")
+        for index, tensors in _altered_shards(store, alterations, writer.durable, reporter):
             writer.write(index, tensors, nonfinite_rows=0)
         manifest = writer.finish(_description(store, done))
     except BaseException as error:
@@ -207,13 +207,15 @@ def stretch(norm: torch.Tensor, norm_scale: float, k: float) -> torch.Tensor:
 
 
 def _altered_shards(
-    store: ActivationStore, alterations: list[_Alteration], first: int, reporter: Reporter
+    store: ActivationStore, alterations: list[_Alteration], done: Container[int], reporter: Reporter
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-    """Shard numbers, from `first` on, and their tensors."""
+    """Shard numbers, without those that are done, and their tensors."""
     shards = store.manifest.shards
     with reporter.task("altering", store.manifest.rows, "rows") as task:
-        task.advance(sum(entry.rows for entry in shards[:first]))
-        for index in range(first, len(shards)):
+        for index in range(len(shards)):
+            if index in done:
+                task.advance(shards[index].rows)
+                continue
             interrupt.stop_if_requested("stopped")
             kept = [name for name in _KEPT if store.has(name)]
             tensors = store.read(index, [*store.manifest.hooks, *kept])
@@ -249,7 +251,7 @@ def _rescale(store: ActivationStore, shard: int, hook: str, x: torch.Tensor, tar
 def _description(store: ActivationStore, change: dict[str, Any]) -> dict[str, Any]:
     """The new manifest without rows and shards: the old one's, and what was done."""
     manifest = store.manifest
-    kept = manifest.model_dump(exclude={"format_version", "rows", "shards", "command"})
+    kept = manifest.model_dump(exclude={"format_version", "rows", "shards", "command", "checksum"})
     return kept | {"norm_hooks": list(manifest.hooks), "altered": [*(manifest.altered or []), change]}
 
 

@@ -13,10 +13,12 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
+import stat
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +26,13 @@ from safetensors import SafetensorError
 
 from nsae_cli import catalogue
 from nsae_cli.errors import ResourceError
+from nsae_cli.store.seal import check_seal, seal
 
 if TYPE_CHECKING:
     import torch
+
+#: An artifact's JSON is far smaller; a file beyond is none, and is not read at all.
+MAX_JSON_BYTES = 64 * 2**20
 
 #: Called as ``fault_hook(operation, path)`` before every durable operation; tests set it to raise or to exit.
 fault_hook: Callable[[str, Path], None] | None = None
@@ -154,6 +160,27 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, to_json(value) + "\n")
 
 
+def write_document(path: Path, document: Mapping[str, Any], files: Iterable[str] | None = None) -> dict[str, Any]:
+    """Writes an artifact's own JSON, sealed (see `seal`), whole or not at all: the completion mark.
+
+    Args:
+        path: the final name.
+        document: without `files` and `checksum`.
+        files: names of the artifact's data files, in the same folder and durable already (`write_file`, `sync`); None
+            where the document has the hashes of its data files itself.
+
+    Returns:
+        The document as it was written.
+    """
+    hashes = None
+    if files is not None:
+        with disk_errors(path):
+            hashes = {name: file_sha256(path.parent / name) for name in files}
+    sealed = seal(document, hashes)
+    write_json(path, sealed)
+    return sealed
+
+
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Writes a safetensors file, whole or not at all."""
     from safetensors.torch import save_file
@@ -221,6 +248,14 @@ def leftovers(folder: Path) -> list[Path]:
     return [*folder.glob(".*.tmp"), *folder.glob("*.tmp-*")]
 
 
+def sync(path: Path) -> None:
+    """Makes durable what was appended to a file without a flush to the disk."""
+    with disk_errors(path):
+        _operation("fsync", path)
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
 def remove_leftovers(folder: Path) -> None:
     """Removes temporary files and folders that a killed run left behind."""
     for leftover in leftovers(folder):
@@ -245,25 +280,29 @@ def file_sha256(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Parses an artifact's JSON.
+    """Parses an artifact's JSON and checks its seal, if it has one.
 
     Raises:
-        ArtifactError: not valid JSON, duplicate keys, or NaN/Infinity in it.
+        ArtifactError: no file of a plausible size, not valid JSON, duplicate keys, NaN or Infinity in it, or not what
+            was written.
+        ResourceError: it cannot be read.
     """
+    document = parse_json(_read_text(path), path)
+    check_seal(document, path)
+    return document
 
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in seen:
-                raise ValueError(f"key {key!r} appears twice")
-            seen[key] = value
-        return seen
 
-    def no_constants(text: str) -> None:
-        raise ValueError(f"{text} is not allowed")
-
+def _read_text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise catalogue.NOT_AN_ARTIFACT(f"{path} is not a file; make the artifact again")
+        if status.st_size > MAX_JSON_BYTES:
+            raise catalogue.JSON_DAMAGED(
+                f"{path}: {status.st_size:,} bytes, an artifact's JSON has at most {MAX_JSON_BYTES:,}; the file is "
+                f"damaged, make the artifact again"
+            )
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         reason = error.strerror or error
         raise catalogue.READ_FAILED(f"cannot read {path}: {reason}; check the path and its permissions") from error
@@ -271,10 +310,40 @@ def read_json(path: Path) -> Any:
         raise catalogue.JSON_DAMAGED(
             f"{path} is not UTF-8 text; the file is damaged, make the artifact again"
         ) from error
+
+
+def parse_json(text: str, path: Path) -> Any:
+    """Parses JSON strictly; `path` is for messages.
+
+    Raises:
+        ArtifactError: not valid JSON, duplicate keys, or NaN or Infinity in it.
+    """
     try:
-        return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constants)
+        return json.loads(
+            text, object_pairs_hook=_no_duplicates, parse_constant=_no_constants, parse_float=_finite_float
+        )
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise catalogue.JSON_DAMAGED(
             f"{path} is not valid JSON ({reason}); the file is damaged, make the artifact again"
         ) from error
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise ValueError(f"key {key!r} appears twice")
+        seen[key] = value
+    return seen
+
+
+def _no_constants(text: str) -> None:
+    raise ValueError(f"{text} is not allowed")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is too large for a number")
+    return value

@@ -161,4 +161,4 @@ def _is_alive(pid: int) -> bool:
 
 def _busy(name: str, holder: Holder | None, remedy: str) -> BusyError:
     who = "another process" if holder is None else str(holder)
-    return catalogue.BUSY(f"{name} is being written by {who}; {remedy}")
+    return catalogue.FOLDER_BUSY(f"{name} is being written by {who}; {remedy}")

@@ -74,6 +74,7 @@ class Manifest(_Frozen):
     versions: dict[str, str] | None = None
     command: dict[str, Any] | None = None
     altered: list[dict[str, Any]] | None = Field(default=None, description="what `nsae alter` did, oldest first")
+    checksum: str | None = Field(default=None, description="the seal, see `store.seal`; checked when it is read")
 
     @field_validator("format_version")
     @classmethod

@@ -14,10 +14,15 @@ from nsae_cli import catalogue
 from nsae_cli.kernels.types import Weights
 from nsae_cli.sae.autoencoder import SparseAutoencoder
 from nsae_cli.store import commit
+from nsae_cli.store.data_files import read_data_file
+from nsae_cli.store.seal import repair
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
 RUN = "run.json"
+LOG = "metrics.jsonl"
+#: What run.json seals.
+DATA_FILES = (CONFIG, WEIGHTS, "features.safetensors", LOG)
 FORMAT_VERSION = 1
 
 #: cfg.json's architecture per activation. SAELens reads `standard` as relu; a tanh-relu SAE must never be opened so,
@@ -63,9 +68,12 @@ def write_sae(folder: Path, sae: SparseAutoencoder, metadata: dict[str, Any]) ->
     )
 
 
-def write_run(folder: Path, run: dict[str, Any]) -> None:
-    """Writes run.json, which marks the SAE as complete."""
-    commit.write_json(folder / RUN, run)
+def write_run(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """Writes run.json, which marks the SAE as complete and holds the hashes of its files; returns it as written."""
+    files = [name for name in DATA_FILES if (folder / name).is_file()]
+    if LOG in files:
+        commit.sync(folder / LOG)  # its lines were appended without waiting for the disk
+    return commit.write_document(folder / RUN, run, files)
 
 
 def load_sae(path: Path | str) -> SavedSae:
@@ -83,11 +91,12 @@ def load_sae(path: Path | str) -> SavedSae:
         raise catalogue.UNFINISHED(
             f"{folder} holds no {RUN}: training is not finished; run the same `nsae train` again"
         )
-    run, config = commit.read_json(folder / RUN), commit.read_json(folder / CONFIG)
+    run = commit.read_json(folder / RUN)
     if not isinstance(run, dict) or run.get("format_version") != FORMAT_VERSION:
         raise catalogue.FORMAT_VERSION(
             f"{folder / RUN} is not of format {FORMAT_VERSION}; it was written by another nsae, read it with that one"
         )
+    config = _read_config(folder, run)
     act = _ACTS.get(str(config.get("architecture"))) if isinstance(config, dict) else None
     if act is None:
         raise catalogue.SAE_INVALID(f"{folder / CONFIG}: unknown architecture; nsae knows {', '.join(_ACTS)}")
@@ -95,6 +104,27 @@ def load_sae(path: Path | str) -> SavedSae:
     threshold = tensors.pop("threshold", None)
     k = _read_k(folder, config) if act == "topk" else None
     return SavedSae(SparseAutoencoder(act, Weights(**tensors), k, threshold), run, folder)
+
+
+def _read_config(folder: Path, run: dict[str, Any]) -> Any:
+    """cfg.json, as it was written and as run.json has it."""
+    path = folder / CONFIG
+    content = read_data_file(path, run, at_most=commit.MAX_JSON_BYTES)
+    config = commit.parse_json(content.decode("utf-8", errors="replace"), path)
+    if not isinstance(config, dict):
+        return config
+    known: dict[str, Any] = {key: run[key] for key in ("d_in", "d_sae") if key in run}
+    options = run.get("config")
+    if isinstance(options, dict) and isinstance(act := options.get("act"), str):
+        known["architecture"] = ARCHITECTURES.get("jumprelu" if act == "batchtopk" else act)
+        if act == "topk":
+            known["k"] = options.get("k")
+    for key, value in known.items():
+        if config.get(key) != value:
+            raise catalogue.SAE_INVALID(
+                f"{path}: {key} is {config.get(key)!r}, run.json says {value!r}; {repair(path)}"
+            )
+    return config
 
 
 def _read_k(folder: Path, config: dict[str, Any]) -> int:

@@ -53,7 +53,7 @@ class Checkpoints:
         """Records what the run trains and removes what a killed run left half-written."""
         commit.make_folder(self.folder)
         commit.remove_leftovers(self.folder)
-        commit.write_json(self.folder / BEGUN, configs)
+        commit.write_document(self.folder / BEGUN, configs)
 
     def configs(self) -> dict[str, Any] | None:
         """What the run was begun with, or None where there is no run."""

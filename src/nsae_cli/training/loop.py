@@ -182,7 +182,7 @@ class _Run:
         rows = (plan.steps - first_step) * plan.batch_size
         log_timing(plan.folder, "trained", rows=rows, seconds=round(time.monotonic() - started, 3))
         if len(plan.configs) > 1:
-            commit.write_json(plan.folder / GROUP, {"format_version": FORMAT_VERSION, **plan.identity()})
+            commit.write_document(plan.folder / GROUP, {"format_version": FORMAT_VERSION, **plan.identity()})
         with reporter.task("evaluating", len(cells), "SAEs") as task:
 
             def finish(name: str) -> dict[str, Any]:

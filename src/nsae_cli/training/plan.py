@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from nsae_cli import catalogue
 from nsae_cli.store import commit
 from nsae_cli.store.sae_folder import RUN
+from nsae_cli.store.seal import CHECKSUM
 from nsae_cli.store.shards import describe_changes
 from nsae_cli.store.workspace import Artifact, Kind, Workspace, check_name, config_hash
 from nsae_cli.training.checkpoint import Checkpoints
@@ -150,7 +151,7 @@ def _same(earlier: dict[str, Any], identity: dict[str, Any]) -> bool:
 
 def _inputs(earlier: dict[str, Any]) -> dict[str, Any]:
     """The inputs in an identity, or in a group.json."""
-    return {key: value for key, value in earlier.items() if key not in ("cells", "format_version")}
+    return {key: value for key, value in earlier.items() if key not in ("cells", "format_version", CHECKSUM)}
 
 
 def _refuse(plan: TrainPlan, inputs: dict[str, Any], cells: Any) -> NoReturn:
