@@ -15,7 +15,6 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from nsae_cli import interrupt
-from nsae_cli.analysis.checks import refuse_non_finite
 from nsae_cli.device import one_thread_if_small
 from nsae_cli.errors import UsageError
 from nsae_cli.lm.token_text import TokenText
@@ -82,7 +81,6 @@ def measure_features(
         NumericalError: a norm is not finite.
         Interrupted: a signal asked to stop.
     """
-    refuse_non_finite(store, saved.hook)
     contexts = Contexts(store)
     profile = profile_hook(store, saved.hook, contexts)
     rows = _Rows(store, saved.hook, profile, contexts, options.rows)

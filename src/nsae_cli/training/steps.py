@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from nsae_cli import interrupt
-from nsae_cli.errors import Interrupted
+from nsae_cli.errors import Interrupted, NumericalError
 from nsae_cli.reporter import Reporter, Task
 from nsae_cli.store.batches import Batch, HookRows
 from nsae_cli.training.cell import Cell
 from nsae_cli.training.cell_pool import CellPool
 from nsae_cli.training.checkpoint import Checkpoint
 from nsae_cli.training.l0_control import is_compared, rows_to_compare
+from nsae_cli.training.non_finite import explain
 from nsae_cli.training.plan import TrainPlan
 from nsae_cli.training.probe import CellProbe
 from nsae_cli.training.records import MetricsLog, step_record
@@ -69,6 +71,7 @@ class StepLoop:
 
         Raises:
             Interrupted: a signal asked to stop; a checkpoint of the current step was written.
+            NumericalError: something is not finite, with the step and the rows; the checkpoints before stay.
         """
         plan = self._plan
         batches = {key: stream.batches(first_step) for key, stream in self._streams.items()}
@@ -122,7 +125,12 @@ class StepLoop:
             if cell.config.hook in compared:
                 cell.look_at_held_out(compared[cell.config.hook])
             probe = self._probes[name].measure(cell, step)
-            log = cell.train_step(rows, step)
+            try:
+                log = cell.train_step(rows, step)
+            except NumericalError as error:
+                stream = self._streams[stream_key(cell.config)]
+                explain(error, name, rows, step, partial(stream.origin, step), self._plan.checkpoints.steps())
+                raise
             if not is_logged(step, cell.config.steps, cell.config.probe_every):
                 return None
             record = step_record(cell, rows, log, step) | {"probe": probe}
@@ -137,6 +145,8 @@ class StepLoop:
             task.advance(0, loss=f"{first['loss']:.4g}", l0=f"{first['l0_all'] or 0:.1f}{label}")
 
     def _save(self, step: int) -> None:
+        for cell in self._cells.values():
+            cell.refuse_non_finite_state(step)
         self._plan.checkpoints.save(
             step,
             {
