@@ -50,6 +50,8 @@ def describe(error: BaseException, log: Path | None = None) -> tuple[int, str | 
         return EXIT_USAGE, _usage_message(error)
     if is_closed_pipe(error):
         return EXIT_DONE, None
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return EXIT_USAGE, f"a name is too long for the file system: {str(error.filename)[:60]}...; give a shorter one"
     if isinstance(error, OSError):
         return EXIT_RESOURCE, _os_message(error)
     if _is_out_of_memory(error):

@@ -36,9 +36,8 @@ def refuse_non_finite(store: ActivationStore, hook: str) -> None:
         if largest is None:
             remedy = "collect again with --dtype fp32, or leave such rows out of the store"
         else:
-            rows = rows.replace("are not finite", "are too large: their squares overflow float32")
-            rows += f" with {largest:.3g}"
-            remedy = "scale the activations down, or leave such rows out of the store"
+            rows = rows.replace("are not finite", "overflow float32 when squared") + f" with {largest:.3g}"
+            remedy = "scale the activations down, or leave such rows out"
         raise NumericalError(f"{store.name}: {rows}; {remedy}")
 
 
