@@ -7,6 +7,8 @@ tests/experiment/test_config.py. Options, names, layers, devices, empty corpora:
 from __future__ import annotations
 
 import dataclasses
+import errno
+import itertools
 import json
 import os
 import random
@@ -29,11 +31,11 @@ from command import contents, nsae
 from hand_store import make_rows, write_full
 from lm.tiny_gpt2 import build_model, build_tokenizer
 from nsae_cli import interrupt
-from nsae_cli.cli import app
 from nsae_cli.lm import collect as collecting
 from nsae_cli.lm import hub, packing, tokenizing
 from nsae_cli.lm.loading import ModelInfo, inspect_model
 from nsae_cli.lm.packing import Layout, Packer
+from nsae_cli.store import commit
 from nsae_cli.training.cell import Cell
 
 CONTEXT = 8
@@ -88,8 +90,8 @@ def test_rows_of_documents_of_every_length(packing: bool, bos: bool, model: Path
     found = stored(tmp_path / "runs", "s")
     assert len(found["tokens"]) == rows
     if not packing:  # no context holds two documents
-        starts = (found["positions"] == 0).nonzero().squeeze(1).tolist() + [rows]
-        for first, last in zip(starts, starts[1:], strict=False):
+        starts = (found["positions"] == 0).nonzero().squeeze(1).tolist()
+        for first, last in itertools.pairwise([*starts, rows]):
             assert len(found["documents"][first:last].unique()) == 1
 
 
@@ -166,15 +168,21 @@ def test_a_long_document_is_packed_the_same_in_parts(lengths: list[int], bos: bo
 TEXTS: dict[str, tuple[str, bytes, bytes | str]] = {
     # name: file, content, the bytes of the text, or what is said
     "byte order mark": ("a.txt", b"\xef\xbb\xbfhello, this is text", b"hello, this is text"),
-    "byte order mark before JSON": ("a.jsonl", b'\xef\xbb\xbf{"text": "hello, this is text"}\n', b"hello, this is text"),
+    "byte order mark before JSON": (
+        "a.jsonl", b'\xef\xbb\xbf{"text": "hello, this is text"}\n', b"hello, this is text",
+    ),
     "CRLF is kept": ("a.txt", b"one\r\ntwo\r\nthree\r\n", b"one\r\ntwo\r\nthree\r\n"),
     "CRLF between records": ("a.jsonl", b'{"text": "hello, this is text"}\r\n\r\n', b"hello, this is text"),
     "NUL": ("a.txt", b"hello\x00this is text", b"hello\x00this is text"),
     "NUL in JSON": ("a.jsonl", b'{"text": "hello\\u0000this is text"}', b"hello\x00this is text"),
     "marks, right to left, joiners": ("a.txt", "e\u0301 עברית 👩‍👩‍👧".encode(), "e\u0301 עברית 👩‍👩‍👧".encode()),
     "a pair of surrogates": ("a.jsonl", b'{"text": "hello hello \\ud83d\\ude00"}', "hello hello 😀".encode()),
-    "line separators are no line ends": ("a.jsonl", '{"text": "one\u2028two\u0085three"}'.encode(), "one\u2028two\u0085three".encode()),
-    "half a pair": ("a.jsonl", b'{"text": "fine"}\n{"text": "hello \\ud83d"}', "a.jsonl line 2: half a surrogate pair at character 6"),
+    "line separators are no line ends": (
+        "a.jsonl", '{"text": "one\u2028two\u0085three"}'.encode(), "one\u2028two\u0085three".encode(),
+    ),
+    "half a pair": (
+        "a.jsonl", b'{"text": "fine"}\n{"text": "hello \\ud83d"}', "a.jsonl line 2: half a surrogate pair at character 6",
+    ),
     "invalid UTF-8": ("a.txt", b"good text \xff", "a.txt is not UTF-8 text (byte 10)"),
     "a surrogate in UTF-8": ("a.txt", b"good \xed\xa0\x80", "a.txt is not UTF-8 text (byte 5)"),
     "invalid UTF-8 in a record": ("a.jsonl", b'{"text": "ok"}\n{"text": "\xff"}', "a.jsonl line 2 is not UTF-8 text"),
@@ -230,18 +238,19 @@ def test_paths_of_every_kind(place: str, model: Path, tmp_path: Path, monkeypatc
     assert not (tmp_path / "canary").exists()
 
 
-def test_what_is_no_text_is_no_argument(model: Path, tmp_path: Path) -> None:
+def test_what_is_no_text_is_no_argument(model: Path) -> None:
     """Bytes that are not UTF-8 come from the command line as surrogates."""
     bad = os.fsdecode(b"bad\xff")
     for arguments in (
         ("collect", "--model", model, "--corpus", bad),
         ("collect", "--model", "mini", "--text-column", bad),
-        ("--workspace", tmp_path / bad, "list"),
+        ("--workspace", bad, "list"),
         ("norms", bad),
         ("run", bad),
     ):
         outcome = nsae(*arguments)
         assert outcome.code == 2
+        assert len(outcome.message) <= 200
         assert "bad\\udcff' is not UTF-8 text" in outcome.message
 
 
@@ -290,7 +299,7 @@ class _Answer(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815 - the name that http.server looks for
 
     def log_message(self, *_: object) -> None:
         pass
@@ -304,7 +313,10 @@ def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatc
     return monkeypatch
 
 
-HUB = [(404, "RepoNotFound", "has no such model"), (403, "GatedRepo", "access is restricted"), (404, "RevisionNotFound", "no revision 'v9'"), (500, "", "not reachable"), (429, "", "not reachable")]  # fmt: skip
+HUB = [
+    (404, "RepoNotFound", "has no such model"), (403, "GatedRepo", "access is restricted"),
+    (404, "RevisionNotFound", "no revision 'v9'"), (500, "", "not reachable"), (429, "", "not reachable"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("code", "error", "said"), HUB)
@@ -358,33 +370,40 @@ def test_a_revision_that_moved_while_collecting(model: Path, tmp_path: Path, mon
 
         monkeypatch.setattr(collecting, "inspect_model", inspect)
 
+    def full(operation: str, path: Path) -> None:
+        if path.name == "manifest.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
     at("a" * 40)
     with monkeypatch.context() as patch:
-        patch.setattr(interrupt, "_signum", 15)
-        patch.setattr(interrupt, "clear", lambda: None)
-        assert collect(model, tmp_path / "c.txt", tmp_path / "runs", "--name", "s").code == 143
-    stopped = tmp_path / "runs/activations/s"
-    stopped.mkdir(parents=True, exist_ok=True)
-    options = {"revision": "a" * 40}
-    assert collect(model, tmp_path / "c.txt", tmp_path / "runs", "--name", "s").code == 0
-    assert json.loads((stopped / "manifest.json").read_text())["command"]["options"]["revision"] == options["revision"]
+        patch.setattr(commit, "fault_hook", full)
+        assert collect(model, tmp_path / "c.txt", tmp_path / "runs", "--name", "s").code == 4
+    store = tmp_path / "runs/activations/s"
+    assert (store / "shard-00000.safetensors").is_file()
     at("b" * 40)
-    outcome = collect(model, tmp_path / "c.txt", tmp_path / "runs", "--name", "s")
-    assert outcome.code == 2
-    assert f"--revision {'a' * 40} -> {'b' * 40}" in outcome.message
+    moved = collect(model, tmp_path / "c.txt", tmp_path / "runs", "--name", "s")
+    assert moved.code == 2
+    assert f"s was begun with other options (--revision {'a' * 40} -> {'b' * 40})" in moved.message
+    at("a" * 40)
+    assert collect(model, tmp_path / "c.txt", tmp_path / "runs", "--name", "s").code == 0
+    assert json.loads((store / "manifest.json").read_text())["revision"] == "a" * 40
 
 
 # I8: configurations ---------------------------------------------------------------------------------------------------
 
 YAML: dict[str, tuple[bytes, list[str]]] = {
     "a typo of what an option means": (
-        b"stages:\n- train: {activations: x, learning_rat: 3}\n", ["c.yaml:2: train has no option 'learning_rat'; did you mean 'lr'?"]
+        b"stages:\n- train: {activations: x, learning_rat: 3}\n",
+        ["c.yaml:2: train has no option 'learning_rat'; did you mean 'lr'?"]
     ),
-    "nothing like any option": (b"stages:\n- norms: {frobnicate: 3}\n", ["2: norms has no option 'frobnicate'; see `nsae norms --help`"]),
+    "nothing like any option": (
+        b"stages:\n- norms: {frobnicate: 3}\n", ["2: norms has no option 'frobnicate'; see `nsae norms --help`"],
+    ),
     "a NUL": (b"stages:\n- norms\n\x00", ["c.yaml:3: not valid YAML (the character U+0000; remove it)"]),
     "yes is no key": (b"on: yes\nstages: [list]\n", ["c.yaml:1: unknown key 'on'"]),
     "numbers as they may be written": (
-        b"stages:\n- collect: {model: mini}\n- train: {lr: [1e-4, '2e-4', .5e-3, 1E-4]}\n", ["c.yaml:3: lr", "expected each value once"]
+        b"stages:\n- collect: {model: mini}\n- train: {lr: [1e-4, '2e-4', .5e-3, 1E-4]}\n",
+        ["c.yaml:3: lr", "expected each value once"]
     ),
     "an anchors bomb": (
         b"a: &a [x,x,x,x,x,x,x,x,x]\n" + b"".join(
@@ -511,4 +530,3 @@ def test_an_option_of_a_later_nsae_is_another_option(cut: Path) -> None:
     outcome = nsae("--workspace", cut, "train", "store", *TRAIN)
     assert outcome.code == 2
     assert "--from-the-future 3 -> none" in outcome.message
-    assert app  # the command line is what was asked

@@ -75,10 +75,20 @@ def scaled_to(x: torch.Tensor, norm: float) -> torch.Tensor:
 # N1: rows that are not finite ----------------------------------------------------------------------------------------
 
 NOT_FINITE: dict[str, tuple[torch.Tensor, str]] = {
-    "a NaN in a training context": (put(rows(), 137, math.nan), "1 rows at {hook} are not finite, the first is row 37 of part1"),
-    "infinity in fp16": (put(rows(), 470, math.inf).half(), "1 rows at {hook} are not finite, the first is row 170 of part2"),
-    "a whole shard": (torch.cat([rows()[:300], rows()[300:] * math.nan]), "180 rows at {hook} are not finite, the first is row 0 of part2"),
-    "squares that overflow": (put(rows(), 137, 1e38), "1 rows at {hook} overflow float32 when squared, the first is row 37 of part1.safetensors with 1e+38"),
+    "a NaN in a training context": (
+        put(rows(), 137, math.nan), "1 rows at {hook} are not finite, the first is row 37 of part1"
+    ),
+    "infinity in fp16": (
+        put(rows(), 470, math.inf).half(), "1 rows at {hook} are not finite, the first is row 170 of part2"
+    ),
+    "a whole shard": (
+        torch.cat([rows()[:300], rows()[300:] * math.nan]),
+        "180 rows at {hook} are not finite, the first is row 0 of part2",
+    ),
+    "squares that overflow": (
+        put(rows(), 137, 1e38),
+        "1 rows at {hook} overflow float32 when squared, the first is row 37 of part1.safetensors with 1e+38",
+    ),
 }  # fmt: skip
 
 
@@ -92,7 +102,8 @@ def test_rows_that_are_not_finite_are_refused_with_shard_and_row(case: str, comm
     assert outcome.message.startswith("store: ")
     assert expected.format(hook=HOOK) in outcome.message
     assert len(outcome.message) <= 200
-    assert not list((tmp_path / "runs").rglob("*.json.tmp")) and not list((tmp_path / "runs").rglob("run.json"))
+    assert not list((tmp_path / "runs").rglob("*.tmp"))
+    assert not list((tmp_path / "runs").rglob("run.json"))
 
 
 def test_norms_that_are_stored_do_not_hide_a_row(tmp_path: Path) -> None:
