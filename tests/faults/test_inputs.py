@@ -181,7 +181,8 @@ TEXTS: dict[str, tuple[str, bytes, bytes | str]] = {
         "a.jsonl", '{"text": "one\u2028two\u0085three"}'.encode(), "one\u2028two\u0085three".encode(),
     ),
     "half a pair": (
-        "a.jsonl", b'{"text": "fine"}\n{"text": "hello \\ud83d"}', "a.jsonl line 2: half a surrogate pair at character 6",
+        "a.jsonl", b'{"text": "fine"}\n{"text": "hello \\ud83d"}',
+        "a.jsonl line 2: half a surrogate pair at character 6",
     ),
     "invalid UTF-8": ("a.txt", b"good text \xff", "a.txt is not UTF-8 text (byte 10)"),
     "a surrogate in UTF-8": ("a.txt", b"good \xed\xa0\x80", "a.txt is not UTF-8 text (byte 5)"),
