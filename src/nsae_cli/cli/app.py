@@ -18,6 +18,7 @@ from nsae_cli.cli import (
     bench,
     collect,
     compare,
+    doctor,
     eval_,
     failures,
     list_,
@@ -64,6 +65,7 @@ app.command("plot")(plot.command)
 app.command("report")(report.command)
 app.command("bench")(bench.command)
 app.command("list")(list_.command)
+app.command("doctor")(doctor.command)
 
 
 def _version(asked: bool) -> None:
@@ -98,6 +100,8 @@ def _before_the_command(
     chosen = Workspace.at(workspace, break_lock=break_lock)
     session: Session = context.obj
     session.begin(chosen, verbosity=int(verbose) - int(quiet), json=json)
+    if context.invoked_subcommand != "doctor":  # which reports it with everything else
+        session.check_workspace()
 
 
 def invoke(arguments: list[str]) -> int:

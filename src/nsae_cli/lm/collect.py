@@ -34,6 +34,7 @@ from nsae_cli.reporter import Reporter
 from nsae_cli.store.manifest import MANIFEST, Manifest, read_manifest
 from nsae_cli.store.shards import StoreWriter, describe_changes, has_leftovers, remove_leftovers
 from nsae_cli.store.workspace import Artifact, Kind, Workspace, config_hash, log_timing
+from nsae_cli.store.writable import require_writable
 
 _SAMPLE_DOCUMENTS = 256
 
@@ -85,6 +86,7 @@ def collect(config: CollectConfig, workspace: Workspace, reporter: Reporter) -> 
             # Looked at again: another process may have completed it just now.
             if (found := _complete(artifact, options, reporter)) is not None:
                 return found
+            require_writable(artifact.path)
             tokenizer = load_tokenizer(info)
             plan = _plan(resolved, info, corpus, tokenizer)
             free = check_space(plan, artifact.path)
