@@ -98,6 +98,13 @@ def _(place: Place) -> list[Any]:
     return COLLECT
 
 
+@scenario("CANNOT_WORK")
+def _(place: Place) -> list[Any]:
+    place.workspace = place.corpus("file", b"")
+    place.patch.setenv("HF_HUB_OFFLINE", "1")
+    return ["doctor"]
+
+
 @scenario("OUT_OF_MEMORY")
 def _(place: Place) -> list[Any]:
     place.empty()
