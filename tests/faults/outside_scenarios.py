@@ -193,6 +193,14 @@ def _(place: Place) -> list[Any]:
     return ["norms", write_foreign(place.tmp / "foreign", rows, [480]), "--name", "new"]
 
 
+@scenario("ALL_ROWS_ZERO")
+def _(place: Place) -> list[Any]:
+    place.empty()
+    rows = make_rows()
+    rows.x = {hook: torch.zeros_like(x) for hook, x in rows.x.items()}
+    return ["norms", write_foreign(place.tmp / "zero", rows, [480]), "--name", "new"]
+
+
 @scenario("LOSS_NOT_FINITE")
 def _(place: Place) -> list[Any]:
     place.damaged()

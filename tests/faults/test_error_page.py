@@ -23,7 +23,7 @@ TYPES = {kind.__name__ for kind in EXIT_CODES} | {"NsaeError"}
 #: What tells the user what to do, or what would have been right; the values of these names do so themselves.
 _WAY_OUT = re.compile(
     r"\b(add|at least|at most|check|choose|collect|compare|convert|copy|delete|expected|free|get|give|has|holds|"
-    r"install|knows|known|leave|lower|make|mend|name|only|put|raise|read|reads|remove|restore|run|save|say|see|set|"
+    r"install|knows|known|leave|lower|make|mend|name|only|put|raise|read|reads|remove|rename|restore|run|save|say|see|set|"
     r"show|stop|take|there are|train|try|use|wait|with|write)\b|\{(remedy|repair|nearest|hint|error|why)\}|as in `|"
     r"stands before|did you mean|is not an option"
 )
