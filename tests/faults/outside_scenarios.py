@@ -6,6 +6,7 @@ import errno
 import io
 import json
 from collections import namedtuple
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,8 +68,17 @@ def _(place: Place) -> list[Any]:
 
 @scenario("READ_FAILED")
 def _(place: Place) -> list[Any]:
-    (place.tmp / "texts" / "a.txt").mkdir(parents=True)
-    return ["collect", "--model", "mini", "--corpus", place.tmp / "texts", "--device", "cpu"]
+    place.empty()
+    text = place.corpus("a.txt", b"a text " * 1000)
+    opened = Path.open
+
+    def fail(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == text.name:
+            raise system_error(errno.EIO, path)
+        return opened(path, *arguments, **options)
+
+    place.patch.setattr(Path, "open", fail)
+    return ["collect", "--model", "mini", "--corpus", text, "--device", "cpu"]
 
 
 @scenario("STDOUT_FAILED")
