@@ -17,11 +17,11 @@ from nsae_cli import catalogue
 from nsae_cli.cli import failures
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs"))
-import generate_errors
+import error_messages
 
 TEMPLATES = [
     (message.entry, re.compile(re.sub(r"\\\{[^{}]*\\\}", ".*", re.escape(message.template))))
-    for message in generate_errors.messages()
+    for message in error_messages.messages()
 ]
 
 

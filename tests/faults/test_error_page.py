@@ -14,10 +14,11 @@ from nsae_cli import catalogue, errors
 from nsae_cli.cli.failures import EXIT_CODES
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs"))
+import error_messages
 import generate_errors
 
 PACKAGE = Path(nsae_cli.__file__).parent
-MESSAGES = generate_errors.messages()
+MESSAGES = error_messages.messages()
 TYPES = {kind.__name__ for kind in EXIT_CODES} | {"NsaeError"}
 
 #: What tells the user what to do, or what would have been right; the values of these names do so themselves.
@@ -68,7 +69,7 @@ def test_entry(name: str) -> None:
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message.place)
-def test_message(message: generate_errors.Message) -> None:
+def test_message(message: error_messages.Message) -> None:
     """One line; and after what is wrong it says what to do, or what would have been right."""
     assert "\n" not in message.template
     if message.entry != "Interrupted":
