@@ -296,7 +296,7 @@ class ActivationStore:
     def _open(self, shard: int) -> Iterator[Any]:
         entry = self.manifest.shards[shard]
         path = self.path / entry.file
-        redo = f"the shard is damaged; delete the folder {self.name} and run `nsae collect` again"
+        redo = self._remedy()
         if path.is_symlink():
             raise catalogue.SHARD_LINK(
                 f"{path} is a symbolic link; a store's shards must be files of its own, copy it there"
@@ -365,6 +365,14 @@ class ActivationStore:
             runs = [rows[int(run[0]) : int(run[-1]) + 1] for run in kept.tensor_split(breaks)]
         return torch.cat(runs)
 
+    def _remedy(self) -> str:
+        """What to do about a damaged shard, for messages."""
+        if self.manifest.command is None and not self.manifest.altered:
+            return "the shard is damaged; get it again from where the store came from"
+        command = "alter" if self.manifest.altered else "collect"
+        repair = f"run `nsae verify --repair {self.path}`, then the same `nsae {command}` again"
+        return f"{repair}: only this shard is made anew"
+
     def _check(self, entry: ShardEntry, name: str, tensor: torch.Tensor) -> None:
         shape: tuple[int, ...]
         dtypes: tuple[torch.dtype, ...]
@@ -385,7 +393,7 @@ class ActivationStore:
             if commit.tensor_sha256(tensor) != entry.tensors[name]:
                 raise catalogue.CONTENT_CHANGED(
                     f"{self.path / entry.file}: the content of {name} is not what was written (SHA-256 differs); "
-                    f"the shard is damaged, delete the folder {self.name} and run `nsae collect` again"
+                    f"{self._remedy()}"
                 )
             self._verified.remember(self.path / entry.file, name)
 
