@@ -27,7 +27,12 @@ from nsae_cli.lm.hub import HubRepository
         ("saelens6-standard", "cfg.json", {"architecture": "transcoder"}, "architecture 'transcoder' is not one"),
         ("saelens6-standard", "cfg.json", {"activation_fn": "tanh-relu"}, "activation_fn is 'tanh-relu'"),
         ("saelens6-standard", "cfg.json", {"normalize_activations": "covariance_whitening"}, "covariance_whitening"),
-        ("saelens6-standard", "cfg.json", {"rescale_acts_by_decoder_norm": True}, "is for topk, not standard"),
+        (
+            "saelens6-standard",
+            "cfg.json",
+            {"rescale_acts_by_decoder_norm": True},
+            "is true with standard, expected only with topk",
+        ),
         ("saelens6-standard", "cfg.json", {"d_in": 9}, r"W_enc has shape \[8, 16\], expected \[9, 16\]"),
         ("saelens6-standard", "cfg.json", {"d_in": None}, "d_in is None"),
         ("saelens6-standard", "cfg.json", {"sae_lens_version": "new"}, "sae_lens_version is 'new'"),
@@ -73,7 +78,7 @@ def test_tensors_that_nsae_does_not_know_are_not_passed_over(tmp_path):
 def test_scaling_factors_that_nobody_says_are_to_be_applied(tmp_path):
     folder = copied("saelens5-relu", tmp_path)
     change_tensors(folder, scaling_factor=torch.full((16,), 1.1))
-    with pytest.raises(ArtifactError, match="cannot be known"):
+    with pytest.raises(ArtifactError, match="make it true if they are to be applied"):
         open_sae(str(folder))
 
 

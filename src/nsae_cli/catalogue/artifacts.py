@@ -148,7 +148,7 @@ TEXT_CUT = Entry(
 NOTHING_TO_MEASURE = Entry(
     "nothing-to-measure",
     ArtifactError,
-    "All rows of the activations are zero or sinks, or there are none, so that a typical norm is not defined.",
+    "The activations hold no rows, so that there is nothing to measure.",
     "Collect the activations again, from more text.",
 )
 HOOK_UNSUPPORTED = Entry(

@@ -74,7 +74,7 @@ class Checkpoints:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        for old in self._steps()[:-KEEP]:
+        for old in self.steps()[:-KEEP]:
             commit.remove_folder(self.folder / f"step-{old}")
 
     @staticmethod
@@ -90,7 +90,7 @@ class Checkpoints:
         """The newest checkpoint that is intact; damaged ones are removed, and a warning says so."""
         damaged: list[str] = []
         found: Checkpoint | None = None
-        for step in reversed(self._steps()):
+        for step in reversed(self.steps()):
             try:
                 found = self._read(step)
                 break
@@ -105,7 +105,7 @@ class Checkpoints:
     def damaged(self) -> dict[int, str]:
         """Of every checkpoint that cannot be used why, by step; reads them all."""
         found = {}
-        for step in self._steps():
+        for step in self.steps():
             try:
                 self._read(step)
             except (_Damaged, ArtifactError) as error:
@@ -113,10 +113,7 @@ class Checkpoints:
         return found
 
     def steps(self) -> list[int]:
-        """The steps that there are checkpoints of, damaged or not."""
-        return self._steps()
-
-    def _steps(self) -> list[int]:
+        """The steps that there are checkpoints of, damaged or not, rising."""
         names = [path.name.removeprefix("step-") for path in self.folder.glob("step-*") if path.is_dir()]
         return sorted(int(name) for name in names if name.isdigit())
 
@@ -144,7 +141,7 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Removes the checkpoints of a wave of cells that is finished; the run goes on."""
-        for step in self._steps():
+        for step in self.steps():
             commit.remove_folder(self.folder / f"step-{step}")
 
     def remove(self) -> None:
