@@ -112,6 +112,13 @@ def _(place: Place) -> list[Any]:
     return ["train", write_foreign(place.tmp / "foreign", make_rows(), [480], d_in=13), "--device", "cpu"]
 
 
+@scenario("DAMAGE_FOUND")
+def _(place: Place) -> list[Any]:
+    place.damaged()
+    flip(place.store / "shard-00000.safetensors")
+    return ["verify"]
+
+
 @scenario("CONTENT_CHANGED")
 def _(place: Place) -> list[Any]:
     place.damaged()
