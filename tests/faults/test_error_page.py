@@ -98,7 +98,7 @@ def test_templates_name_values_and_resolve_constants() -> None:
     ) in found
     assert (
         "SHARD_MISSING",
-        "{path}: the file is missing; the shard is damaged; delete the folder {name} and run `nsae collect` again",
+        "{path}: the file is missing; make the store whole: {redo}",
     ) in found
     assert ("OPTION_VALUE", "--{option} {value}: expected each value once") in found
     assert ("LAYER_NOT_THERE", "--layers {text}: {part} runs backwards; write the smaller layer first") in found

@@ -302,17 +302,19 @@ class ActivationStore:
                 f"{path} is a symbolic link; a store's shards must be files of its own, copy it there"
             )
         if not path.is_file():
-            raise catalogue.SHARD_MISSING(f"{path}: the file is missing; {redo}")
+            raise catalogue.SHARD_MISSING(f"{path}: the file is missing; make the store whole: {redo}")
         size = path.stat().st_size
         if entry.bytes is not None and size != entry.bytes:
-            raise catalogue.SHARD_SIZE(f"{path}: {size:,} bytes, expected {entry.bytes:,}; {redo}")
+            raise catalogue.SHARD_SIZE(
+                f"{path}: {size:,} bytes, expected {entry.bytes:,}; make the store whole: {redo}"
+            )
         try:
             # pread, not mmap: a file that shrinks under a memory map kills the process without a word.
             with safe_open(path, framework="pt", backend="pread") as file:
                 yield file
         except (SafetensorError, OSError) as error:
             raise catalogue.SHARD_UNREADABLE(
-                f"{path}: not a readable safetensors file ({str(error).splitlines()[0]}); {redo}"
+                f"{path}: not a readable safetensors file ({str(error).splitlines()[0]}); make the store whole: {redo}"
             ) from error
 
     def read(self, shard: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -368,7 +370,7 @@ class ActivationStore:
     def _remedy(self) -> str:
         """What to do about a damaged shard, for messages."""
         if self.manifest.command is None and not self.manifest.altered:
-            return "the shard is damaged; get it again from where the store came from"
+            return "get the shard again from where the store came from"
         command = "alter" if self.manifest.altered else "collect"
         repair = f"run `nsae verify --repair {self.path}`, then the same `nsae {command}` again"
         return f"{repair}: only this shard is made anew"
@@ -393,7 +395,7 @@ class ActivationStore:
             if commit.tensor_sha256(tensor) != entry.tensors[name]:
                 raise catalogue.CONTENT_CHANGED(
                     f"{self.path / entry.file}: the content of {name} is not what was written (SHA-256 differs); "
-                    f"{self._remedy()}"
+                    f"make the store whole: {self._remedy()}"
                 )
             self._verified.remember(self.path / entry.file, name)
 
