@@ -96,6 +96,8 @@ def test_repair_lets_the_same_command_make_an_artifact_again(workspace: Path, ki
     [row] = [row for row in found.values() if row["state"] == "repaired"]
     assert "run the same `nsae" in row["repaired"][-1]
     assert not mark.exists()
+    states = {name: row["state"] for name, row in verify(workspace)[1].items()}
+    assert states["saes/" + mark.parents[1].name if kind == "saes" else f"{kind}/{mark.parent.name}"] == "unfinished"
     command = {
         "norms": ("norms",),
         "top-norms": ("analyze-top-norms", "--top", "2%"),

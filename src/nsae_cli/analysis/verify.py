@@ -279,11 +279,12 @@ def refuse_damage(results: Sequence[Verified]) -> None:
     findings = "1 finding of damage" if number == 1 else f"{number} findings of damage"
     name = damaged[0].name
     own = [result for result in damaged if result.store is None or _can_be_made_again(result.store)]
-    remedy = (
-        f"run `nsae verify --repair {name}`" + (" and the others" if len(damaged) > 1 else "")
-        if own == damaged
-        else f"{next(one for one in damaged if one not in own).name} was not made by nsae: get it again"
-    )
+    if own != damaged:
+        remedy = f"{next(one for one in damaged if one not in own).name} was not made by nsae: get it again"
+    elif len(damaged) == 1:
+        remedy = f"run `nsae verify --repair {name}`"
+    else:
+        remedy = "run the same command with --repair"
     raise catalogue.DAMAGE_FOUND(f"{findings} in {len(damaged)} of {len(results)} artifacts, such as {name}; {remedy}")
 
 

@@ -57,8 +57,10 @@ def check_result(kind: Kind, folder: Path, check: Check) -> None:
 def check_group(folder: Path, check: Check, cells: int) -> None:
     """Re-checks what a training run keeps for all its SAEs: group.json and the checkpoints."""
     group, begun, checkpoints = folder / GROUP, folder / CHECKPOINTS / BEGUN, Checkpoints(folder / CHECKPOINTS)
-    if group.exists():
-        check_json(check, group)
+    named = check_json(check, group) if group.exists() else None
+    for cell in (named or {}).get("cells") or ():
+        if is_plain_name(cell) and not (folder / cell / Kind.SAE.mark).exists():
+            check.unfinished(cell, f"no {Kind.SAE.mark}: the same `nsae train` trains it")
     if not (folder / CHECKPOINTS).is_dir():
         if not group.exists() and not cells:
             check.unfinished("", "neither a result nor a checkpoint: nothing is durable yet")

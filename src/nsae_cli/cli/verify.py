@@ -13,7 +13,7 @@ def command(
     context: typer.Context,
     artifacts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="ARTIFACT...", help="Names (of any kind) or paths [default: the whole workspace]."),
+        typer.Argument(metavar="ARTIFACT", help="Names (of any kind) or paths [default: the whole workspace]."),
     ] = None,
     repair: Annotated[
         bool,
