@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nsae_cli import interrupt
+from nsae_cli import catalogue, interrupt
 from nsae_cli.analysis.verify_kinds import CHECKPOINTS, check_group, check_result
-from nsae_cli.errors import ArtifactError, UsageError
 from nsae_cli.reporter import Reporter
 from nsae_cli.store import commit
 from nsae_cli.store.findings import Check, Finding
@@ -128,7 +127,9 @@ def _find(references: Sequence[str], workspace: Workspace) -> list[_Target]:
     if not references:
         targets = list(_of_workspace(workspace))
         if not targets and not workspace.root.is_dir():
-            raise UsageError(f"there is no workspace {workspace.root}; choose another --workspace, or name a folder")
+            raise catalogue.WORKSPACE_EMPTY(
+                f"there is no workspace {workspace.root}; choose another --workspace, or name a folder"
+            )
         return targets
     found: dict[Path, _Target] = {}
     for reference in references:
@@ -140,7 +141,7 @@ def _find(references: Sequence[str], workspace: Workspace) -> list[_Target]:
         ]
         targets = targets or _of_path(Path(reference), workspace)
         if not targets:
-            raise UsageError(
+            raise catalogue.NOT_FOUND(
                 f"no artifact named {reference!r} in {workspace.root} and no such path; see `nsae list` for the names"
             )
         found |= {target.path: target for target in targets}
@@ -281,7 +282,7 @@ def refuse_damage(results: Sequence[Verified]) -> None:
         if own == damaged
         else f"{next(one for one in damaged if one not in own).name} was not made by nsae: get it again"
     )
-    raise ArtifactError(f"{findings} in {len(damaged)} of {len(results)} artifacts, such as {name}; {remedy}")
+    raise catalogue.DAMAGE_FOUND(f"{findings} in {len(damaged)} of {len(results)} artifacts, such as {name}; {remedy}")
 
 
 def _can_be_made_again(store: StoreCheck) -> bool:

@@ -92,6 +92,12 @@ CONTENT_CHANGED = Entry(
     "The bytes of a tensor are not those that were written (SHA-256): a damaged disk or copy, or an edit.",
     "Copy the file again, or delete the folder and run the command again.",
 )
+DAMAGE_FOUND = Entry(
+    "damage-found",
+    ArtifactError,
+    "`nsae verify` has read every byte again and found damage; its table, above the line, names each finding.",
+    "Run `nsae verify --repair NAME`: it drops what is damaged and says which command makes it again.",
+)
 SAE_INVALID = Entry(
     "sae-invalid",
     ArtifactError,
