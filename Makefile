@@ -1,6 +1,7 @@
 # make demo   from a fresh clone to the first answer, offline after the installation
 # make test   the whole test suite, with lint and types
 # Both create .venv with pinned versions (constraints.txt). PYTHON and PIP_ARGS can be set on the command line.
+# make docs   docs/errors.md from the catalogue of errors; a test fails where it was forgotten
 # make bench  every benchmark, peers included, in .venv-bench (constraints-peers.txt); hours. make bench-setup installs only.
 
 PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3; do \
@@ -13,7 +14,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 BENCH_INSTALL := $(BENCH)/python -m pip install --quiet --disable-pip-version-check \
 	--constraint benchmarks/constraints-peers.txt $(PIP_ARGS)
 
-.PHONY: demo test lint clean bench bench-setup
+.PHONY: demo test lint docs clean bench bench-setup
 
 demo: .venv/demo.stamp
 	$(BIN)/nsae run experiments/001-quickstart/config.yaml
@@ -22,9 +23,12 @@ test: .venv/test.stamp lint
 	$(BIN)/python -m pytest
 
 lint: .venv/test.stamp
-	$(BIN)/ruff check src tests benchmarks experiments
-	$(BIN)/ruff format --check src tests benchmarks experiments
+	$(BIN)/ruff check src tests docs benchmarks experiments
+	$(BIN)/ruff format --check src tests docs benchmarks experiments
 	$(BIN)/mypy
+
+docs: .venv/test.stamp
+	$(BIN)/python docs/generate_errors.py
 
 .venv/demo.stamp: pyproject.toml constraints.txt $(NATIVE) | .venv/bin/python
 	@echo "installing nsae and its dependencies into .venv (several minutes the first time)"

@@ -67,10 +67,12 @@ def write_full(folder: Path, rows: Rows, shard_rows: list[int]) -> Path:
 
     writer = StoreWriter(folder, {"tokens": sum(shard_rows)})
     try:
-        start = sum(entry.rows for entry in writer.entries)
-        for index in range(writer.durable_shards, len(shard_rows)):
+        start = 0
+        for index in range(len(shard_rows)):
             part = slice(start, start + shard_rows[index])
             start = part.stop
+            if index in writer.durable:
+                continue
             tensors = {hook: x[part].clone() for hook, x in rows.x.items()}
             count = shard_rows[index]
             tensors |= {

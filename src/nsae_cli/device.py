@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 from pydantic import AfterValidator
 
-from nsae_cli.errors import ResourceError
+from nsae_cli import catalogue
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,4})?|mps")
 
@@ -39,10 +39,14 @@ def choose_device(option: DeviceOption) -> tuple[torch.device, str]:
         return torch.device(device), f"{_describe(device)} (--device auto: {why})"
     kind, _, index = option.partition(":")
     if not available[kind]:
-        raise ResourceError(f"--device {option}: torch {torch.__version__} finds no such device here; use --device cpu")
+        raise catalogue.DEVICE_MISSING(
+            f"--device {option}: torch {torch.__version__} finds no such device here; use --device cpu"
+        )
     if index and int(index) >= torch.cuda.device_count():
         last = torch.cuda.device_count() - 1
-        raise ResourceError(f"--device {option}: there are cuda:0 to cuda:{last}; use one of these or --device cpu")
+        raise catalogue.DEVICE_MISSING(
+            f"--device {option}: there are cuda:0 to cuda:{last}; use one of these or --device cpu"
+        )
     return torch.device(option), f"{_describe(option)} (--device {option})"
 
 

@@ -9,33 +9,39 @@ NsaeError
 Interrupted           a signal asked the run to end; what was trained is saved
 
 A message says what is wrong and with which value, what was expected, and what to type next, in one sentence or two
-without a line break: it is printed after ``nsae: `` as it stands.
+without a line break: it is printed after ``nsae: `` as it stands. Errors are raised through the entries of
+`nsae_cli.catalogue`, from which docs/errors.md is made: ``raise catalogue.DISK_FULL(f"…")``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
 
 class NsaeError(Exception):
-    """Base of every error that nsae raises on purpose."""
-
-
-class UsageError(NsaeError):
-    """The command cannot be carried out as given: bad option, value, name or combination.
+    """Base of every error that nsae raises on purpose.
 
     Attributes:
-        problems: everything that is wrong, one entry each.
+        entry: its place in the catalogue, which says when it happens and what to do.
+        problems: everything that is wrong, one sentence each; one, but for usage errors.
     """
+
+    entry: Entry[Any] | None = None
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.problems = [message]
 
-    @classmethod
-    def from_problems(cls, problems: list[str]) -> UsageError:
-        """One error that reports every problem at once, in the order in which they were found."""
-        error = cls("; ".join(problems))
-        error.problems = list(problems)
-        return error
+    def reword(self, change: Callable[[str], str]) -> None:
+        """Changes the message and each problem, as where a caller knows more than whoever found the problem."""
+        self.args = (change(str(self)),)
+        self.problems = [change(problem) for problem in self.problems]
+
+
+class UsageError(NsaeError):
+    """The command cannot be carried out as given: bad option, value, name or combination."""
 
 
 class ArtifactError(NsaeError):
@@ -65,3 +71,30 @@ class Interrupted(NsaeError):  # noqa: N818 - ending on request is no error
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
         self.signum = signum
+
+
+E = TypeVar("E", bound=NsaeError)
+
+
+@dataclass(frozen=True)
+class Entry(Generic[E]):
+    """One class of failures in the catalogue. Called with a message, it makes the error to raise.
+
+    Attributes:
+        name: stable, in lower case with hyphens.
+        kind: the error's type, and with it the exit code.
+        cause: when it happens.
+        remedy: what the user does about it.
+    """
+
+    name: str
+    kind: type[E]
+    cause: str
+    remedy: str
+
+    def __call__(self, *problems: str) -> E:
+        """The error that reports these problems at once, in the order in which they were found; one is the rule."""
+        error = self.kind("; ".join(problems))
+        error.problems = list(problems)
+        error.entry = self
+        return error

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
-from nsae_cli.errors import UsageError
+from nsae_cli import catalogue
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?(?:[eE]\+?[0-9]+)?)\s*([kKmMbBgG]?)")
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
@@ -99,7 +99,7 @@ def parse_layers(value: str | int | Sequence[int | str], held: Sequence[int], ow
     twice = sorted({layer for layer in layers if layers.count(layer) > 1})
     problems += [f"--layers {text}: layer {layer} is named twice" for layer in twice]
     if problems:
-        raise UsageError.from_problems(list(dict.fromkeys(problems)))
+        raise catalogue.LAYER_NOT_THERE(*dict.fromkeys(problems))
     return sorted(layers)
 
 
@@ -133,7 +133,10 @@ def validate_options(model: type[Model], values: Mapping[str, Any]) -> Model:
         expected: dict[str, dict[str, None]] = {}
         for problem in error.errors():
             expected.setdefault(_subject(problem, values), {})[_expectation(problem)] = None
-        raise UsageError.from_problems([_sentence(*item) for item in expected.items()]) from error
+        problems = [_sentence(*item) for item in expected.items()]
+        if any(expected):
+            raise catalogue.OPTION_VALUE(*problems) from error
+        raise catalogue.REFUSED_COMBINATION(*problems) from error  # of the whole configuration, not of one option
 
 
 def _subject(problem: Any, values: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from nsae_cli import interrupt
 from nsae_cli.analysis.behaviour import BehaviourStudy
 from nsae_cli.errors import Interrupted
 from nsae_cli.store.workspace import Kind
+from sealed_json import edit_json
 
 COLUMNS = {
     "context", "predicted", "ce_clean", "ce_with_sae", "ce_ns", "ce_zero", "ce_mean", "kl", "rows_ns", "l0_ns",
@@ -286,7 +287,7 @@ def test_an_sae_with_infinite_values(workspace: Path) -> None:
     save_file(weights, folder / "sae_weights.safetensors")
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     run["weights_sha256"]["b_dec"] = tensor_sha256(weights["b_dec"])
-    (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
+    edit_json(folder / "run.json", weights_sha256=run["weights_sha256"])
     outcome = evaluate(workspace, cells(workspace)[0], "--name", "fresh")
     assert outcome.code == 5
     assert "NaN or infinity" in outcome.message

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from command import contents, nsae
 from hand_store import make_rows, write_foreign
 from nsae_cli.store import commit
+from sealed_json import edit_json, seal_again
 
 # Usage ---------------------------------------------------------------------------------------------------------------
 
@@ -266,12 +267,12 @@ def _flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def _edit(path: Path, **changes: Any) -> None:
-    document = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(document | changes), encoding="utf-8")
+def _digit(path: Path) -> None:
+    """Another number where there was one, the JSON still valid."""
+    path.write_text(re.sub(r'("(?:d_sae|d_in|rows)": )\d', r"\g<1>9", path.read_text(), count=1))
 
 
-DAMAGE: dict[str, tuple[str, Callable[[Path], None], str, list[str]]] = {
+DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str, list[str]]] = {
     "flipped byte in a shard": (
         "activations/*/shard-00000.safetensors", _flip, "train --seed 7", ["shard-00000", "SHA-256", "nsae collect"]
     ),
@@ -281,22 +282,23 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], None], str, list[str]]] = {
     "shard gone": ("activations/*/shard-00000.safetensors", Path.unlink, "train", ["shard-00000", "missing"]),
     "manifest is no JSON": ("activations/*/manifest.json", lambda p: p.write_text("{"), "train", ["manifest.json"]),
     "manifest of another version": (
-        "activations/*/manifest.json", lambda p: _edit(p, format_version=9), "train", ["format 9"]
+        "activations/*/manifest.json", lambda p: edit_json(p, format_version=9), "train", ["format 9"]
     ),
     "manifest leaves the folder": (
         "activations/*/manifest.json",
-        lambda p: _edit(p, rows=1, shards=[{"file": "../../x", "rows": 1}]), "train", ["leaves the folder"],
+        lambda p: edit_json(p, rows=1, shards=[{"file": "../../x", "rows": 1}]), "train", ["leaves the folder"],
     ),
-    "manifest with other rows": ("activations/*/manifest.json", lambda p: _edit(p, rows=7), "norms", ["rows is 7"]),
+    "manifest with other rows": ("activations/*/manifest.json", lambda p: edit_json(p, rows=7), "norms", ["rows is 7"]),
     "manifest with NaN": (
         "activations/*/manifest.json", lambda p: p.write_text('{"rows": NaN}'), "norms", ["NaN"]
     ),
     "norms.json is no JSON": ("norms/*/norms.json", lambda p: p.write_text("{"), "norms", ["norms.json"]),
     "norms.json is a list": ("norms/*/norms.json", lambda p: p.write_text("[]"), "norms", ["norms.json", "delete"]),
-    "norms.json lacks a key": ("norms/*/norms.json", lambda p: _edit(p, hooks=None), "norms", ["hooks", "delete"]),
+    "norms.json lacks a key": ("norms/*/norms.json", lambda p: edit_json(p, hooks=None), "norms", ["hooks", "delete"]),
     "run.json is no JSON": ("saes/*/L2-relu/run.json", lambda p: p.write_text("{"), "analyze-top-norms", ["run.json"]),
     "run.json of another version": (
-        "saes/*/L2-relu/run.json", lambda p: _edit(p, format_version=2), "analyze-top-norms", ["run.json", "format 1"]
+        "saes/*/L2-relu/run.json",
+        lambda p: edit_json(p, format_version=2), "analyze-top-norms", ["run.json", "format 1"],
     ),
     "weights flipped": (
         "saes/*/L2-relu/sae_weights.safetensors", _flip, "analyze-top-norms --name new", ["sae_weights", "SHA-256"]
@@ -313,13 +315,25 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], None], str, list[str]]] = {
     ),
     "metrics.jsonl gone": ("saes/*/L2-relu/metrics.jsonl", Path.unlink, "report --browse none", ["metrics.jsonl"]),
     "metrics.jsonl holds a number": (
-        "saes/*/L2-relu/metrics.jsonl", lambda p: p.write_text("3\n"), "plot bias", ["metrics.jsonl", "train"]
+        "saes/*/L2-relu/metrics.jsonl",
+        lambda p: (p.write_text("3\n"), seal_again(p.parent / "run.json")),
+        "plot bias", ["metrics.jsonl", "train"],
+    ),
+    "metrics.jsonl with another digit": (
+        "saes/*/L2-relu/metrics.jsonl", _flip, "compare", ["metrics.jsonl", "SHA-256", "nsae verify --repair"]
+    ),
+    "run.json with another number": (
+        "saes/*/L2-relu/run.json", _digit, "analyze-top-norms --name new", ["run.json", "checksum", "nsae verify"]
+    ),
+    "manifest with another number": ("activations/*/manifest.json", _digit, "norms --name new", ["checksum"]),
+    "cfg.json with another number": (
+        "saes/*/L2-relu/cfg.json", _digit, "analyze-top-norms --name new", ["cfg.json", "SHA-256"]
     ),
     "run.json lacks its metrics": (
-        "saes/*/L2-relu/run.json", lambda p: _edit(p, metrics=None), "report --browse none", ["run.json", "metrics"]
+        "saes/*/L2-relu/run.json", lambda p: edit_json(p, metrics=None), "report --browse none", ["run.json", "metrics"]
     ),
     "run.json's configuration is a number": (
-        "saes/*/L2-relu/run.json", lambda p: _edit(p, config=3), "plot pareto", ["run.json", "config"]
+        "saes/*/L2-relu/run.json", lambda p: edit_json(p, config=3), "plot pareto", ["run.json", "config"]
     ),
     "histogram of norms torn": (
         "norms/*/norms.safetensors", lambda p: p.write_bytes(p.read_bytes()[:100]), "plot norms", ["norms.safetensors"]
@@ -328,7 +342,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], None], str, list[str]]] = {
         "top-norms/*L2-relu/top_norms.safetensors", Path.unlink, "report --browse none", ["top_norms.safetensors"]
     ),
     "top_norms.json lacks its groups": (
-        "top-norms/*L2-relu/top_norms.json", lambda p: _edit(p, groups=None), "report --browse none", ["groups"]
+        "top-norms/*L2-relu/top_norms.json", lambda p: edit_json(p, groups=None), "report --browse none", ["groups"]
     ),
 }  # fmt: skip
 
@@ -383,7 +397,7 @@ def test_sae_and_store_of_other_shape(workspace: Path, tmp_path: Path) -> None:
 
 
 def test_store_changed_since_training(workspace: Path, store: str) -> None:
-    _edit(workspace / "activations" / store / "manifest.json", dropped={"tokens": 1, "documents": 0})
+    edit_json(workspace / "activations" / store / "manifest.json", dropped={"tokens": 1, "documents": 0})
     outcome = nsae("--workspace", workspace, "analyze-top-norms", "--name", "new")
     assert outcome.code == 3
     assert "its manifest has changed" in outcome.message

@@ -16,6 +16,7 @@ from nsae_cli.errors import ArtifactError, NumericalError
 from nsae_cli.store.contexts import Contexts
 from nsae_cli.store.profile import profile_hook
 from nsae_cli.store.shards import ActivationStore, StoreWriter
+from sealed_json import edit_json
 
 SHARDS = [16, 0, 24]
 
@@ -31,8 +32,7 @@ def foreign(tmp_path: Path) -> Path:
 
 
 def change_manifest(folder: Path, **changes: object) -> None:
-    path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    edit_json(folder / "manifest.json", **changes)
 
 
 def read_vectors(folder: Path) -> None:
@@ -214,9 +214,9 @@ def test_an_unfinished_store_says_how_far_it_came(tmp_path):
 
 
 def test_rows_that_are_not_finite_are_refused(full, foreign):
-    manifest = json.loads((full / "manifest.json").read_text())
-    manifest["shards"][2]["nonfinite_rows"] = 3
-    (full / "manifest.json").write_text(json.dumps(manifest))
+    shards = json.loads((full / "manifest.json").read_text())["shards"]
+    shards[2]["nonfinite_rows"] = 3
+    change_manifest(full, shards=shards)
     store = open_activations(full)
     with pytest.raises(NumericalError, match="3 rows"):
         profile_hook(store, HOOK, Contexts(store))

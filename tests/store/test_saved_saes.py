@@ -16,6 +16,7 @@ from nsae_cli.kernels.types import Weights
 from nsae_cli.sae.autoencoder import SparseAutoencoder
 from nsae_cli.store import commit
 from nsae_cli.store.sae_folder import write_run, write_sae
+from sealed_json import edit_json, seal_again
 
 ACTS = ("relu", "tanh-relu", "topk", "jumprelu")
 
@@ -75,8 +76,8 @@ def test_topk_and_jumprelu_are_laid_out_as_in_saelens(tmp_path):
 )  # fmt: skip
 def test_a_topk_sae_that_cannot_be_what_it_says(tmp_path, change, said):
     save(tmp_path / "sae", "topk")
-    path = tmp_path / "sae" / "cfg.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    edit_json(tmp_path / "sae" / "cfg.json", **change)
+    seal_again(tmp_path / "sae" / "run.json")
     with pytest.raises(ArtifactError, match=said):
         load_sae(tmp_path / "sae")
 
@@ -125,6 +126,9 @@ def test_a_tanh_relu_sae_is_never_read_as_relu_nor_any_unknown_one(tmp_path):
     path = tmp_path / "sae" / "cfg.json"
     assert json.loads(path.read_text())["architecture"] == "nsae_tanh_relu"
     path.write_text(path.read_text().replace("nsae_tanh_relu", "gated"))
+    with pytest.raises(ArtifactError, match="SHA-256 differs"):
+        load_sae(tmp_path / "sae")
+    seal_again(tmp_path / "sae" / "run.json")
     with pytest.raises(ArtifactError, match="unknown architecture"):
         load_sae(tmp_path / "sae")
 

@@ -17,8 +17,8 @@ from nsae_cli.training.cell import Cell
 from nsae_cli.training.waves import MemoryPlan, cell_bytes, free_bytes, plan_memory
 
 GRID = {"act": "relu,tanh-relu", "l2_norm": "none,sq", "sinks": "keep,drop", "checkpoint_every": "7"}
-#: Rows of both streams in float16, and three cells of 2·12·20 + 20 + 12 parameters at 16 to 17 bytes.
-ROOM = str(2 * 300 * 12 * 2 + 3 * 17 * 512)
+#: Rows of both streams in float16, and three cells of 2·12·20 + 20 + 12 parameters at 28 to 29 bytes.
+ROOM = str(2 * 300 * 12 * 2 + 3 * 29 * 512)
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_waves_by_hand():
 
 
 def test_a_cells_size_is_what_it_takes(monkeypatch, run):
-    """Counted from the tensors that a cell and its kernel hold after a dense and a certified step."""
+    """Counted from the tensors that a cell and its kernel hold after a dense step, and those of a checkpoint's copy."""
     seen = []
     step = Cell.train_step
 
@@ -87,8 +87,9 @@ def test_a_cells_size_is_what_it_takes(monkeypatch, run):
     monkeypatch.setattr(Cell, "train_step", spy)
     run("sae", kernel="dense", d_sae="40")
     cell = seen[0][0]
-    held = [*cell.weights.tensors(), *cell._gradients.get().tensors()]
-    held += [tensor for key, tensor in cell._updater.adam.state().items() if key != "step"]
+    moments = [tensor for key, tensor in cell._updater.adam.state().items() if key != "step"]
+    copied = [*cell.weights.tensors(), *moments]
+    held = [*cell.weights.tensors(), *cell._gradients.get().tensors(), *moments, *copied]
     expected = sum(tensor.nbytes for tensor in held)
     assert cell_bytes(cell.config, 12, choose("dense", "auto", torch.device("cpu"))) == expected
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import nsae_cli
-from nsae_cli import interrupt
+from nsae_cli import catalogue, interrupt
 from nsae_cli.analysis.audit_measurements import measure
 from nsae_cli.analysis.audit_options import AuditOptions
 from nsae_cli.analysis.audit_setting import Setting
@@ -21,7 +21,6 @@ from nsae_cli.analysis.behaviour import BehaviourStudy, Subject, batch_contexts
 from nsae_cli.analysis.checks import refuse_non_finite, say_what_is_missing
 from nsae_cli.assets import embedded_note
 from nsae_cli.device import choose_device
-from nsae_cli.errors import ArtifactError, UsageError
 from nsae_cli.interop.foreign import ForeignSae
 from nsae_cli.interop.normalized import RowCentredAutoencoder, reconstructs_centred
 from nsae_cli.lm.evaluated_rows import EvaluatedRows, RowRules
@@ -75,11 +74,15 @@ class Audit:
     def _check_reference(self, compared: tuple[str, ForeignSae]) -> None:
         name, sae = compared
         if sae.sae.d_in != self._found.sae.d_in:
-            raise ArtifactError(
-                f"--reference {name} reads vectors of width {sae.sae.d_in}, {self._name} of {self._found.sae.d_in}"
+            raise catalogue.WIDTH_MISMATCH(
+                f"--reference {name} reads vectors of width {sae.sae.d_in}, {self._name} of "
+                f"{self._found.sae.d_in}; give an SAE of the same hook"
             )
         if sae.hook is not None and sae.hook != self._setting.hook:
-            raise ArtifactError(f"--reference {name} reads {sae.hook}, {self._name} reads {self._setting.hook}")
+            raise catalogue.HOOK_MISMATCH(
+                f"--reference {name} reads {sae.hook}, {self._name} reads {self._setting.hook}; "
+                f"give an SAE of the same hook"
+            )
 
     def run(self, wanted: dict[str, Any]) -> dict[str, Any]:
         """Measures everything.
@@ -98,7 +101,7 @@ class Audit:
         """
         rows, study = self._rows()
         if not len(rows.norm):
-            raise UsageError("there is no row to measure; give more --tokens, or another --activations")
+            raise catalogue.NO_ROWS("there is no row to measure; give more --tokens, or another --activations")
         self._choose_centring(rows)
         for warning in self._warnings:
             self._reporter.warn(warning)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nsae_cli import catalogue
 from nsae_cli.analysis.audit import Audit
 from nsae_cli.analysis.audit_options import AuditOptions
 from nsae_cli.analysis.audit_setting import Setting, find_setting
 from nsae_cli.analysis.documents import read_document
-from nsae_cli.errors import UsageError
 from nsae_cli.interop.foreign import ForeignSae
 from nsae_cli.interop.opening import open_sae, read_folder
 from nsae_cli.lm.quiet import quiet_libraries
@@ -65,14 +64,11 @@ def run_audit(
             document = read_document(artifact, required=("sae", "rows", "options", "metrics"))
             _require_same(artifact_name, document, wanted)
             return AuditResult(artifact, document, already_complete=True)
-        commit.make_folder(artifact.path)
-        try:
+        with workspace.writing(artifact.path, reporter):
             document = Audit(sae_name, found, compared, options, store, setting, reporter).run(wanted)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                artifact.path.rmdir()
-            raise
-        commit.write_json(artifact.path / Kind.AUDIT.mark, document)
+            commit.make_folder(artifact.path)
+            commit.remove_leftovers(artifact.path)
+            document = commit.write_document(artifact.path / Kind.AUDIT.mark, document, [])
         return AuditResult(artifact, document, already_complete=False)
 
 
@@ -146,7 +142,7 @@ def _require_same(name: str, document: dict[str, Any], wanted: dict[str, Any]) -
         if any(old.get(part) != new.get(part) for part in ("name", "weights_sha256")):
             before, now = old.get("name", "none"), new.get("name", "none")
             change = f"{before} -> {now}" if before != now else f"{now} has changed since"
-            raise UsageError(f"--name {name} holds another audit ({label} {change}); choose another --name")
+            raise catalogue.NAME_TAKEN(f"--name {name} holds another audit ({label} {change}); choose another --name")
     if document["options"] != wanted["options"]:
         changes = describe_changes(document["options"], wanted["options"])
-        raise UsageError(f"--name {name} holds another audit ({changes}); choose another --name")
+        raise catalogue.NAME_TAKEN(f"--name {name} holds another audit ({changes}); choose another --name")

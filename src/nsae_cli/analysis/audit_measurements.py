@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from nsae_cli import interrupt
+from nsae_cli import catalogue, interrupt
 from nsae_cli.analysis.audited_rows import AuditedRows
 from nsae_cli.analysis.row_groups import GROUPS, KINDS, distribution, group_by_norm, kind_of
 from nsae_cli.device import one_thread_if_small
-from nsae_cli.errors import NumericalError
 from nsae_cli.metrics.features import FeatureAccumulator
 from nsae_cli.metrics.norm_bias import NormBiasIndex
 from nsae_cli.metrics.reconstruction import ReconstructionAccumulator
@@ -73,7 +72,10 @@ def measure(
             interrupt.stop_if_requested(_STOPPED)
             batch = reconstruct(sae, part, contexts)
             if not bool(batch.x_hat.isfinite().all()):
-                raise NumericalError(f"{name}: its reconstructions hold NaN or infinity; it does not fit these rows")
+                raise catalogue.RECONSTRUCTION_NOT_FINITE(
+                    f"{name}: its reconstructions hold NaN or infinity; it does not fit these rows, "
+                    f"give the model and hook that it belongs to"
+                )
             measurements.update(batch)
             by_group.update(batch, start)
             by_kind.update(batch, start)

@@ -50,10 +50,11 @@ class AuditOptions(BaseModel):
         ]
         if self.activations is not None and clash:
             raise ValueError(
-                f"--{clash[0].replace('_', '-')} says how to run the model on a text, --activations not to"
+                f"--{clash[0].replace('_', '-')} says how to run the model on a text, --activations not to; "
+                f"leave one out"
             )
         if self.bins and not self.behaviour:
-            raise ValueError("--bins is about the model's behaviour, which --no-behaviour leaves out")
+            raise ValueError("--bins is about the model's behaviour, which --no-behaviour leaves out; give one of them")
         return self
 
     @property

@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 import torch
 
+from nsae_cli import catalogue
 from nsae_cli.analysis.audit_options import AuditOptions
 from nsae_cli.device import choose_device
-from nsae_cli.errors import ArtifactError, NsaeError, UsageError
+from nsae_cli.errors import NsaeError
 from nsae_cli.interop.foreign import ForeignSae, hub_model
 from nsae_cli.lm.config import DEFAULT_CONTEXT, CollectConfig, resolve
 from nsae_cli.lm.corpus import open_corpus
@@ -94,14 +95,16 @@ def _hook(found: ForeignSae, options: AuditOptions) -> str:
     hook = options.hook or found.hook
     first, last = hook_name(0, "resid_pre"), hook_name(0, "resid_post")
     if hook is None:
-        raise UsageError(f"{found.path.name} does not say where it reads; name the hook, as --hook {last}")
+        raise catalogue.SOURCE_UNKNOWN(
+            f"{found.path.name} does not say where it reads; name the hook, as --hook {last}"
+        )
     if parse_hook(hook) is not None:
         return hook
     if options.hook is not None:
-        raise UsageError(f"--hook {hook}: nsae reads the residual stream, {first} and {last} for any layer")
-    raise ArtifactError(
-        f"{found.path.name} reads {hook}; nsae reads the residual stream only ({first} and {last} for any layer), "
-        f"not what attention or MLP write to it"
+        raise catalogue.OPTION_VALUE(f"--hook {hook}: expected the residual stream, {first} or {last} for any layer")
+    raise catalogue.HOOK_UNSUPPORTED(
+        f"{found.path.name} reads {hook}; give an SAE of the residual stream ({first} or {last} for any layer), "
+        f"not of what attention or MLP write to it"
     )
 
 
@@ -111,7 +114,9 @@ def _hook(found: ForeignSae, options: AuditOptions) -> str:
 def _in_text(found: ForeignSae, options: AuditOptions, hook: str) -> Setting:
     name = options.model or found.model
     if name is None:
-        raise UsageError(f"{found.path.name} does not say which model it was trained on; name it with --model")
+        raise catalogue.SOURCE_UNKNOWN(
+            f"{found.path.name} does not say which model it was trained on; name it with --model"
+        )
     info = inspect_model(name, options.revision)
     _require_fit(found, info, hook)
     context = options.context or _own_context(found, info)
@@ -154,7 +159,7 @@ def _in_text(found: ForeignSae, options: AuditOptions, hook: str) -> Setting:
 def _require_fit(found: ForeignSae, info: ModelInfo, hook: str) -> None:
     require_hook(hook, info.n_layers, info.name)
     if found.sae.d_in != info.d_model:
-        raise ArtifactError(
+        raise catalogue.WIDTH_MISMATCH(
             f"{found.path.name} reads vectors of width {found.sae.d_in}, {info.name} has width {info.d_model}; "
             f"name the model that it was trained on with --model"
         )
@@ -164,7 +169,7 @@ def _own_context(found: ForeignSae, info: ModelInfo) -> int:
     if found.context_size is None:
         return min(DEFAULT_CONTEXT, info.max_context)
     if found.context_size > info.max_context:
-        raise UsageError(
+        raise catalogue.CONTEXT_TOO_LONG(
             f"{found.path.name} was trained on contexts of {found.context_size} tokens, {info.name} reads at most "
             f"{info.max_context}; give --context, or the right --model"
         )
@@ -199,18 +204,18 @@ def _other_model(found: ForeignSae, options: AuditOptions) -> list[str]:
 def _in_store(found: ForeignSae, options: AuditOptions, hook: str, store: ActivationStore) -> Setting:
     manifest = store.manifest
     if hook not in manifest.hooks:
-        raise ArtifactError(
+        raise catalogue.HOOK_MISMATCH(
             f"{found.path.name} reads {hook}, {store.name} holds {', '.join(manifest.hooks)}; give activations of that "
             f"hook, or leave --activations out"
         )
     if found.sae.d_in != manifest.d_in:
-        raise ArtifactError(
+        raise catalogue.WIDTH_MISMATCH(
             f"{found.path.name} reads vectors of width {found.sae.d_in}, {store.name} holds width {manifest.d_in}; "
             f"give activations of the same model, or leave --activations out"
         )
     own, theirs = found.model, hub_model(manifest.model)
     if options.model is None and own is not None and theirs is not None and own != theirs:
-        raise ArtifactError(
+        raise catalogue.MODEL_MISMATCH(
             f"{found.path.name} was trained on {own}, {store.name} is from {theirs}; if it fits all the same, say so "
             f"with --model {theirs}"
         )
@@ -251,17 +256,19 @@ def _model_of_store(
         _require_readable(info, text, store.name)
         return info, text
     except NsaeError as error:
-        raise type(error)(f"{error} (or leave ΔCE out with --no-behaviour)") from error
+        error.reword(lambda message: f"{message} (or leave ΔCE out with --no-behaviour)")
+        raise
 
 
 def _require_readable(info: ModelInfo, text: Text, name: str) -> None:
     if text.longest > info.max_context:
-        raise UsageError(
+        raise catalogue.CONTEXT_TOO_LONG(
             f"{name} has contexts of {text.longest} tokens, {info.name} reads at most {info.max_context}; give the "
             f"right --model"
         )
     largest = max(int(context.max()) for context in text.contexts)
     if largest >= info.vocab_size:
-        raise ArtifactError(
-            f"{name} holds token {largest}, {info.name} has 0-{info.vocab_size - 1}; it was tokenized for another model"
+        raise catalogue.TOKENS_OF_ANOTHER_MODEL(
+            f"{name} holds token {largest}, {info.name} has 0-{info.vocab_size - 1}; it was tokenized for "
+            f"another model, give that one with --model"
         )

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsae_cli import interrupt
+from nsae_cli import catalogue, interrupt
 from nsae_cli.device import one_thread_if_small
-from nsae_cli.errors import ArtifactError, NumericalError
 from nsae_cli.lm.evaluated_rows import EvaluatedRows, RowRules
 from nsae_cli.lm.families import Family
 from nsae_cli.lm.splice import Splicer, replace_rows
@@ -147,7 +146,7 @@ class BehaviourStudy:
     def _evaluate_chunk(self, subjects: Sequence[Subject]) -> Iterator[Evaluation]:
         for subject in subjects:
             if subject.sae.d_in != self.d_in:
-                raise ArtifactError(
+                raise catalogue.WIDTH_MISMATCH(
                     f"{subject.name} reads vectors of width {subject.sae.d_in}, the model's {self._hook} has width "
                     f"{self.d_in}; the SAE belongs to another model, give that one with --model"
                 )
@@ -197,7 +196,7 @@ class BehaviourStudy:
             behaviour.update(batch.place, common)
             acts, x_hat = subject.sae.reconstruct(spliced.x)
             if not bool(x_hat.isfinite().all()):
-                raise NumericalError(
+                raise catalogue.RECONSTRUCTION_NOT_FINITE(
                     f"{subject.name}: its reconstruction of context {self._text.numbers[batch.first]} and following "
                     f"holds NaN or infinity; the SAE is damaged or does not fit {self._hook}"
                 )
@@ -218,7 +217,7 @@ class BehaviourStudy:
         if bool((spliced.groups == SINKS).any()):
             ce_ns = clean.cross_entropy(spliced.logits(spliced.mask & (spliced.groups != SINKS), values))
         if not bool((ce.isfinite() & kl.isfinite() & ce_ns.isfinite()).all()):
-            raise NumericalError(
+            raise catalogue.RECONSTRUCTION_NOT_FINITE(
                 f"{subject.name}: with it spliced in at {self._hook} the model's logits are not finite; "
                 f"try --model-dtype fp32"
             )
@@ -261,7 +260,9 @@ class _Batch:
         self.taken = (rows.groups(block) != SINKS) & ~rows.zero(block)
         self.clean = CleanPass(splicer.logits(batch.token_ids, self._residual), batch.token_ids, batch.lengths)
         if not bool(self.clean.ce.isfinite().all()):
-            raise NumericalError("the model's own logits are not finite; try --model-dtype fp32, or check its weights")
+            raise catalogue.MODEL_NOT_FINITE(
+                "the model's own logits are not finite; try --model-dtype fp32, or check its weights"
+            )
 
     def logits(self, mask: Tensor, values: Tensor) -> Tensor:
         """Logits with `values` [context, position, d_in] or [d_in] at the rows that `mask` marks."""

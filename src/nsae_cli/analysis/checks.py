@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nsae_cli import interrupt
-from nsae_cli.errors import NumericalError
+from nsae_cli import catalogue, interrupt
 from nsae_cli.reporter import Reporter
 from nsae_cli.store.contexts import BLOCK_ROWS
 from nsae_cli.store.manifest import describe_alterations
@@ -23,7 +22,7 @@ def refuse_non_finite(store: ActivationStore, hook: str) -> None:
         interrupt.stop_if_requested("stopped; nothing was written, run the same command again")
         bad = (~torch.isfinite(store.norms(shard, hook))).nonzero().squeeze(1)
         if len(bad):
-            raise NumericalError(
+            raise catalogue.STORE_NOT_FINITE(
                 f"{store.name}: {len(bad):,} rows at {hook} are not finite, the first is row {int(bad[0]):,} of "
                 f"{entry.file}; collect again with --dtype fp32, or leave such rows out of the store"
             )

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from nsae_cli import catalogue
 from nsae_cli.analysis.comparison_bootstraps import Bootstraps
 from nsae_cli.analysis.comparison_cells import COLUMNS, Arm, Group, Level, Row, Sae, shown_option, sort_into_groups
 from nsae_cli.analysis.comparison_statistics import Direction, Interval, judge, mean_and_sd, t_interval
-from nsae_cli.errors import UsageError
 from nsae_cli.values import Fraction
 
 #: Two SAEs are compared where their non-sink L0 differs by at most this share.
@@ -54,7 +54,9 @@ def compare(saes: Sequence[Sae], options: CompareOptions, poll: Callable[[], Non
     groups = sort_into_groups(saes)
     arms = {row.arm.name: row.arm for group in groups for row in group.rows}
     if options.baseline is not None and options.baseline not in arms:
-        raise UsageError(f"--baseline {options.baseline!r} is not among the arms; there are: {', '.join(arms)}")
+        raise catalogue.BASELINE_UNKNOWN(
+            f"--baseline {options.baseline!r} is not among the arms; there are: {', '.join(arms)}"
+        )
     return Comparison(groups, options, Bootstraps(poll))
 
 

@@ -9,21 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
-from nsae_cli import interrupt
+from nsae_cli import catalogue, interrupt
 from nsae_cli.analysis.comparison import CompareOptions, compare
 from nsae_cli.analysis.comparison_cells import Sae
 from nsae_cli.analysis.comparison_conclusion import conclude
 from nsae_cli.analysis.documents import read_document
 from nsae_cli.analysis.predictions import check_predictions
 from nsae_cli.analysis.saes import choose_saes
-from nsae_cli.errors import ArtifactError, NsaeError, UsageError
+from nsae_cli.errors import NsaeError
 from nsae_cli.report.comparison_markdown import comparison_markdown
 from nsae_cli.report.figures import comparison_differences, comparison_fronts, save_png
 from nsae_cli.reporter import Reporter
 from nsae_cli.store import commit
+from nsae_cli.store.data_files import read_arrays
 from nsae_cli.store.manifest import read_manifest
 from nsae_cli.store.shards import describe_changes
 from nsae_cli.store.workspace import Artifact, Kind, Workspace, check_name
@@ -95,14 +94,15 @@ def run_compare(
         "conclusion": conclude(groups, predictions, missed),
         "notes": _notes(saes, comparison.rows_differ()),
     }
-    commit.make_folder(folder)
-    commit.remove_leftovers(folder)
-    figures = _draw(document, folder)
-    document["figures"] = [figure.name for figure in figures]
-    commit.write_text(folder / "table.md", comparison_markdown(document))
-    commit.write_json(folder / Kind.TABLE.mark, document)
-    for figure in set(outdated) - set(figures):
-        commit.remove_file(figure)
+    with workspace.writing(folder, reporter):
+        commit.make_folder(folder)
+        commit.remove_leftovers(folder)
+        figures = _draw(document, folder)
+        document["figures"] = [figure.name for figure in figures]
+        commit.write_text(folder / "table.md", comparison_markdown(document))
+        document = commit.write_document(folder / Kind.TABLE.mark, document, ["table.md"])
+        for figure in set(outdated) - set(figures):
+            commit.remove_file(figure)
     return TableArtifact(table, document, figures, already_complete=False)
 
 
@@ -113,10 +113,12 @@ def _poll() -> None:
 def _refuse_another(name: str, document: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     if document["options"] != wanted["options"]:
         changes = describe_changes(dict(document["options"]), dict(wanted["options"]))
-        raise UsageError(f"--name {name} holds another comparison ({changes}); choose another --name")
+        raise catalogue.NAME_TAKEN(f"--name {name} holds another comparison ({changes}); choose another --name")
     before, now = [entry["name"] for entry in document["inputs"]], wanted["saes"]
     if before != now:
-        raise UsageError(f"--name {name} compares other SAEs ({_changed(before, now)}); choose another --name")
+        raise catalogue.NAME_TAKEN(
+            f"--name {name} compares other SAEs ({_changed(before, now)}); choose another --name"
+        )
 
 
 def _changed(before: Sequence[str], now: Sequence[str]) -> str:
@@ -159,7 +161,10 @@ def _load(
             }
         )
     if options.evals and all(sae.evaluation is None for sae in saes):
-        raise UsageError(f"--evals {options.evals}: none of these SAEs has an evaluation of that name")
+        raise catalogue.ANALYSIS_MISSING(
+            f"--evals {options.evals}: none of these SAEs has an evaluation of that name; "
+            f"run `nsae eval --name {options.evals}` first"
+        )
     return saes, inputs
 
 
@@ -168,8 +173,9 @@ def _read_run(artifact: Artifact) -> dict[str, Any]:
     required = ("act", "l2_norm", "l1_norm", "decoder", "sparsity", "alpha", "alpha_scale", "sinks", "seed")
     missing = [key for key in required if key not in run["config"]]
     if missing:
-        raise ArtifactError(
-            f"{artifact.path / Kind.SAE.mark}: config lacks {', '.join(missing)}; compare reads SAEs of nsae train"
+        raise catalogue.NOT_TRAINED_HERE(
+            f"{artifact.path / Kind.SAE.mark}: config lacks {', '.join(missing)}; compare reads SAEs of "
+            f"`nsae train`, leave it out"
         )
     return run
 
@@ -233,16 +239,10 @@ def _read_contexts(evaluation: _Evaluation) -> dict[str, np.ndarray] | None:
     path = evaluation.artifact.path / _CONTEXTS
     if not path.is_file():
         return None
-    try:
-        tensors = load_file(path, backend="pread")
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(
-            f"{path} cannot be read ({str(error).splitlines()[0]}); delete the folder {path.parent} and run nsae eval "
-            f"again"
-        ) from error
+    tensors = read_arrays(path, evaluation.document)
     context = tensors.get("context")
     if context is None or any(len(tensor) != len(context) for tensor in tensors.values()):
-        raise ArtifactError(
+        raise catalogue.RESULTS_DAMAGED(
             f"{path}: tensors of unequal length; delete the folder {path.parent} and run nsae eval again"
         )
     return tensors if len(context) else None

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from nsae_cli.errors import UsageError
+from nsae_cli import catalogue
 from nsae_cli.sae.objective import DEFAULT_DECODER, DEFAULT_SPARSITY
 from nsae_cli.training.options import default_lr
 
@@ -262,7 +262,7 @@ def _group(members: Sequence[Sae]) -> Group:
         row = rows.setdefault((arm, level), Row(arm, level))
         other = row.by_seed.setdefault(sae.seed, sae)
         if other is not sae and other.run.get("weights_sha256") != sae.run.get("weights_sha256"):
-            raise UsageError(
+            raise catalogue.COMPARED_TWICE(
                 f"{other.name} and {sae.name} are both {arm.name} at L0 {level.label} with seed {sae.seed} on "
                 f"{sae.data}; compare one of them"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nsae_cli.errors import ArtifactError
+from nsae_cli import catalogue
 from nsae_cli.store.commit import read_json
 from nsae_cli.store.workspace import Artifact
 
@@ -24,13 +24,13 @@ def read_document(artifact: Artifact, required: Sequence[str]) -> dict[str, Any]
     remedy = f"delete the folder {artifact.path} and run nsae {artifact.kind.command} again"
     document = read_json(path)
     if not isinstance(document, dict):
-        raise ArtifactError(f"{path} is no JSON object; {remedy}")
+        raise catalogue.DOCUMENT_INVALID(f"{path} is no JSON object; {remedy}")
     if document.get("format_version") != 1:
-        raise ArtifactError(
+        raise catalogue.FORMAT_VERSION(
             f"{path}: format_version is {document.get('format_version')!r}, this nsae reads 1; {remedy}"
         )
     for key in required:
         value = document.get(key)
         if value is None or (key in ("activations", "sae") and not (isinstance(value, dict) and "name" in value)):
-            raise ArtifactError(f"{path}: {key} is missing or damaged; {remedy}")
+            raise catalogue.DOCUMENT_INVALID(f"{path}: {key} is missing or damaged; {remedy}")
     return document

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from nsae_cli import catalogue
 from nsae_cli.analysis.behaviour import BehaviourStudy, Evaluation, Subject, batch_contexts
 from nsae_cli.analysis.documents import read_document
 from nsae_cli.analysis.eval_text import EvalOptions, EvalText, TextResolver
 from nsae_cli.analysis.saes import choose_saes, result_names
 from nsae_cli.assets import embedded_note
 from nsae_cli.device import choose_device
-from nsae_cli.errors import UsageError
 from nsae_cli.lm.loading import DTYPE_NAMES, DTypeName, ModelInfo, choose_model_dtype, load_model
 from nsae_cli.lm.quiet import quiet_libraries
 from nsae_cli.lm.texts import Text
@@ -87,7 +87,9 @@ def run_eval(
     saes = choose_saes(references, workspace, reporter)
     names = result_names(saes, name)
     if twice := sorted({one for one in names if names.count(one) > 1}):
-        raise UsageError(f"two SAEs would both be evaluated as {twice[0]}; give them one by one, each with a --name")
+        raise catalogue.SAME_OUTPUT(
+            f"two SAEs would both be evaluated as {twice[0]}; give them one by one, each with a --name"
+        )
     device, why = choose_device(options.device)
     model_dtype = choose_model_dtype(options.model_dtype, device)
     with quiet_libraries():
@@ -101,7 +103,7 @@ def run_eval(
         if done and waiting:
             reporter.note(f"{len(done)} of {len(jobs)} evaluations are already complete")
         fresh: dict[str, dict[str, Any]] = {}
-        runner = _Runner(options, device, model_dtype, reporter)
+        runner = _Runner(options, device, model_dtype, workspace, reporter)
         if waiting:
             reporter.note(f"device {why}, {model_dtype}")
         for _, group in itertools.groupby(sorted(waiting, key=lambda job: job.shared_key), lambda job: job.shared_key):
@@ -167,7 +169,7 @@ class _Job:
         rows = {key: document["rows"].get(key) for key in wanted["rows"]}
         if {"sae": document["sae"], "rows": rows, "options": document["options"]} == wanted:
             return document
-        raise UsageError(
+        raise catalogue.NAME_TAKEN(
             f"--name {self.name} holds another evaluation ({_difference(document, wanted)}); choose another --name"
         )
 
@@ -189,8 +191,16 @@ def _difference(document: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 class _Runner:
     """Evaluates groups of SAEs that share model, text and hook."""
 
-    def __init__(self, options: EvalOptions, device: torch.device, model_dtype: DTypeName, reporter: Reporter) -> None:
-        self._options, self._device, self._dtype, self._reporter = options, device, model_dtype, reporter
+    def __init__(
+        self,
+        options: EvalOptions,
+        device: torch.device,
+        model_dtype: DTypeName,
+        workspace: Workspace,
+        reporter: Reporter,
+    ) -> None:
+        self._options, self._device, self._dtype = options, device, model_dtype
+        self._workspace, self._reporter = workspace, reporter
         self._model: tuple[ModelInfo, nn.Module] | None = None
         self._text: tuple[str, Text] | None = None
 
@@ -218,10 +228,11 @@ class _Runner:
         started = time.perf_counter()
         for job, evaluation in zip(jobs, study.evaluate(map(self._subject, jobs)), strict=True):
             document = _document(job, study, text, evaluation)
-            commit.make_folder(job.artifact.path)
-            commit.remove_leftovers(job.artifact.path)
-            commit.write_tensors(job.artifact.path / CONTEXTS, evaluation.tensors)
-            commit.write_json(job.artifact.path / Kind.EVAL.mark, document)
+            with self._workspace.writing(job.artifact.path, self._reporter):
+                commit.make_folder(job.artifact.path)
+                commit.remove_leftovers(job.artifact.path)
+                commit.write_tensors(job.artifact.path / CONTEXTS, evaluation.tensors)
+                document = commit.write_document(job.artifact.path / Kind.EVAL.mark, document, [CONTEXTS])
             with contextlib.suppress(OSError):
                 seconds = round(time.perf_counter() - started, 3)
                 log_timing(job.artifact.path, "eval", device=str(self._device), together=len(jobs), seconds=seconds)

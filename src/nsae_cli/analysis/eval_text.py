@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from nsae_cli import assets
+from nsae_cli import assets, catalogue
 from nsae_cli.device import DeviceOption
-from nsae_cli.errors import ArtifactError, ResourceError, UsageError
+from nsae_cli.errors import ArtifactError, UsageError
 from nsae_cli.lm.config import DEFAULT_CONTEXT
 from nsae_cli.lm.corpus import BUILTIN, Corpus, CorpusChoice, open_corpus
 from nsae_cli.lm.evaluated_rows import RowRules
@@ -100,15 +100,15 @@ class EvalText:
         """
         text = self._source.read(self.info, tokens)
         if text.longest > self.info.max_context:
-            raise UsageError(
+            raise catalogue.CONTEXT_TOO_LONG(
                 f"contexts of {text.longest} tokens: {self.info.name} reads at most {self.info.max_context}; "
                 f"give a text with --corpus and --context {self.info.max_context}"
             )
         largest = max(int(context.max()) for context in text.contexts)
         if largest >= self.info.vocab_size:
-            raise ArtifactError(
+            raise catalogue.TOKENS_OF_ANOTHER_MODEL(
                 f"{self._source.name} holds token {largest}, {self.info.name} has 0-{self.info.vocab_size - 1}; "
-                f"it was tokenized for another model"
+                f"it was tokenized for another model, give that one with --model"
             )
         return text
 
@@ -169,7 +169,7 @@ class TextResolver:
 
     def __init__(self, activations: str | None, options: EvalOptions, workspace: Workspace, reporter: Reporter) -> None:
         if activations is not None and options.corpus is not None:
-            raise UsageError(
+            raise catalogue.REFUSED_COMBINATION(
                 f"--activations {activations} and --corpus {options.corpus} both say what text to use; give one"
             )
         self._activations, self._options, self._workspace = activations, options, workspace
@@ -204,13 +204,16 @@ class TextResolver:
         store, same = self._store(sae, run)
         manifest = store.manifest
         if (altered := describe_alterations(manifest)) is not None:
-            raise UsageError(
+            raise catalogue.TEXT_NOT_IN_STORE(
                 f"{store.name}: its {altered}, so the model does not make them; name a store that is as collected with "
                 f"--activations, or a text with --corpus"
             )
         recorded = _TrainedModel(manifest.model, manifest.revision, manifest.model_sha256, store.name)
         if run.get("model") is not None and manifest.model is not None and run["model"] != manifest.model:
-            raise ArtifactError(f"{sae} was trained on {run['model']}, {store.name} is from {manifest.model}")
+            raise catalogue.MODEL_MISMATCH(
+                f"{sae} was trained on {run['model']}, {store.name} is from {manifest.model}; "
+                f"name a store of the same model with --activations"
+            )
         info = self._model(recorded)
         corpus = manifest.corpus or {}
         return EvalText(
@@ -245,13 +248,13 @@ class TextResolver:
         try:
             [artifact] = self._workspace.find(Kind.ACTIVATIONS, trained_on["name"])
         except UsageError as error:
-            raise UsageError(
+            raise catalogue.STORE_OF_SAE_MISSING(
                 f"the activations {trained_on['name']!r} that {sae} was trained on are not in {self._workspace.root}; "
                 f"name a store with --activations, or a text with --corpus"
             ) from error
         store = self._open(artifact.path)
         if store.manifest_sha256 != trained_on["manifest_sha256"]:
-            raise ArtifactError(
+            raise catalogue.STORE_CHANGED(
                 f"{store.name} is not the store that {sae} was trained on (its manifest has changed); name the right "
                 f"one with --activations, or this one on purpose: --activations {store.name}"
             )
@@ -280,7 +283,9 @@ class TextResolver:
         corpus = self._corpus(self._choice(sae, trained_corpus))
         context = options.context or run.get("context_size") or min(DEFAULT_CONTEXT, info.max_context)
         if context > info.max_context:
-            raise UsageError(f"--context {context}: {info.name} reads at most {info.max_context} tokens")
+            raise catalogue.CONTEXT_TOO_LONG(
+                f"--context {context}: {info.name} reads at most {info.max_context} tokens"
+            )
         packing, bos = (
             given if given is not None else run.get(key) is not False
             for key, given in (("packing", options.packing), ("bos", options.bos))
@@ -333,7 +338,7 @@ class TextResolver:
         name = trained.get("name")
         # Of a file or folder only the base name is recorded.
         if name is None or (name != BUILTIN and (trained.get("sha256") is not None or not looks_like_hub_id(name))):
-            raise UsageError(
+            raise catalogue.TEXT_NOT_IN_STORE(
                 f"{sae} was trained on the model as it ran over {name or 'a corpus'}; say where that text is with "
                 f"--corpus, or give another one"
             )
@@ -351,10 +356,10 @@ class TextResolver:
         given = self._options.model
         name = given or recorded.name
         if name is None:
-            raise UsageError(f"{recorded.recorded_by} does not say which model it is from; give --model")
+            raise catalogue.SOURCE_UNKNOWN(f"{recorded.recorded_by} does not say which model it is from; give --model")
         local = recorded.sha256 is not None and name not in assets.EMBEDDED_MODELS
         if given is None and local and not Path(name).is_dir():
-            raise ResourceError(
+            raise catalogue.MODEL_FOLDER_MISSING(
                 f"the model {name!r} that {recorded.recorded_by} is from was a folder, and none of that name is here; "
                 f"say where it is with --model DIR"
             )
@@ -363,7 +368,7 @@ class TextResolver:
             self._models[key] = inspect_model(*key)
         info = self._models[key]
         if recorded.sha256 is not None and info.model_sha256 is not None and recorded.sha256 != info.model_sha256:
-            raise ArtifactError(
+            raise catalogue.MODEL_MISMATCH(
                 f"--model {name} is not the model that {recorded.recorded_by} is from ({recorded.name}): their weights "
                 f"differ; give the right one with --model"
             )
@@ -379,9 +384,10 @@ class TextResolver:
         try:
             require_hook(hook, info.n_layers, info.name)
         except ArtifactError as error:
-            raise ArtifactError(f"{sae}: {error}") from error
+            error.reword(lambda message: f"{sae}: {message}")
+            raise
         if run["d_in"] != info.d_model:
-            raise ArtifactError(
+            raise catalogue.WIDTH_MISMATCH(
                 f"{sae} reads vectors of width {run['d_in']}, {info.name} has width {info.d_model}; the SAE belongs "
                 f"to another model, give that one with --model"
             )

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from nsae_cli import interrupt
+from nsae_cli import catalogue, interrupt
 from nsae_cli.analysis.checks import refuse_non_finite
 from nsae_cli.device import one_thread_if_small
-from nsae_cli.errors import UsageError
 from nsae_cli.lm.token_text import TokenText
 from nsae_cli.lm.unembedding import Unembedding
 from nsae_cli.metrics.features import FeatureAccumulator
@@ -87,7 +86,9 @@ def measure_features(
     profile = profile_hook(store, saved.hook, contexts)
     rows = _Rows(store, saved.hook, profile, contexts, options.rows)
     if not rows.total:
-        raise UsageError(f"{store.name} has fewer than 20 contexts, so no rows are held out; collect more tokens")
+        raise catalogue.NOTHING_HELD_OUT(
+            f"{store.name} has fewer than 20 contexts, so no rows are held out; collect more tokens"
+        )
     sums = FeatureAccumulator(saved.sae.d_sae)
     strongest = _Strongest(saved.sae.d_sae, options.contexts)
     last_norms: list[torch.Tensor] = []

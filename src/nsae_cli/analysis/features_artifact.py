@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
+from nsae_cli import catalogue
 from nsae_cli.analysis.checks import say_what_is_missing
 from nsae_cli.analysis.documents import read_document
 from nsae_cli.analysis.features import FeatureOptions, measure_features
 from nsae_cli.analysis.top_norms import check_fit
 from nsae_cli.analysis.top_norms_artifact import store_of
-from nsae_cli.errors import ArtifactError
 from nsae_cli.lm.token_text import token_text
 from nsae_cli.lm.unembedding import load_unembedding
 from nsae_cli.reporter import Reporter
 from nsae_cli.store import commit
-from nsae_cli.store.sae_folder import load_sae
+from nsae_cli.store.data_files import read_arrays
+from nsae_cli.store.sae_folder import SavedSae, load_sae
+from nsae_cli.store.shards import ActivationStore
 from nsae_cli.store.workspace import Artifact, Kind, Workspace
 
 TENSORS = "features.safetensors"
@@ -67,27 +67,37 @@ def find_or_measure_features(
         if all(document[key] == value for key, value in wanted.items()):
             return FeaturesArtifact(artifact, document, _load(artifact, document))
         reporter.note(f"{artifact.path} is of other rows, options or weights: measured again")
+    with workspace.writing(artifact.path, reporter):
+        return _measure(saved, sae.name, store, options, artifact, reporter)
+
+
+def _measure(
+    saved: SavedSae, sae_name: str, store: ActivationStore, options: FeatureOptions, artifact: Artifact,
+    reporter: Reporter,
+) -> FeaturesArtifact:  # fmt: skip
+    """Measures and writes; an earlier measurement of the name loses its mark first."""
+    mark = artifact.path / Kind.FEATURES.mark
+    if mark.is_file():
         commit.remove_file(mark)
     say_what_is_missing(store, reporter)
     unembedding = load_unembedding(store.manifest, reporter)
     result = measure_features(
-        saved, sae.name, store, options, token_text(store.manifest, reporter), unembedding, reporter
+        saved, sae_name, store, options, token_text(store.manifest, reporter), unembedding, reporter
     )
     commit.make_folder(artifact.path)
     commit.remove_leftovers(artifact.path)
     commit.write_tensors(artifact.path / TENSORS, result.tensors)
-    commit.write_json(mark, result.document)
-    return FeaturesArtifact(artifact, result.document, {key: t.numpy() for key, t in result.tensors.items()})
+    written = commit.write_document(mark, result.document, [TENSORS])
+    return FeaturesArtifact(artifact, written, {key: t.numpy() for key, t in result.tensors.items()})
 
 
 def _load(artifact: Artifact, document: dict[str, Any]) -> dict[str, np.ndarray]:
     path = artifact.path / TENSORS
     remedy = f"delete the folder {artifact.path} and run again"
-    try:
-        arrays: dict[str, np.ndarray] = load_file(path, backend="pread")
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} cannot be read ({str(error).splitlines()[0]}); {remedy}") from error
+    arrays = read_arrays(path, document)
     for name in _NEEDED:
         if name not in arrays or len(arrays[name]) != document.get("d_sae"):
-            raise ArtifactError(f"{path}: {name} is missing or not of {document.get('d_sae')} features; {remedy}")
+            raise catalogue.RESULTS_DAMAGED(
+                f"{path}: {name} is missing or not of {document.get('d_sae')} features; {remedy}"
+            )
     return arrays

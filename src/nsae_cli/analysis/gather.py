@@ -6,15 +6,14 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
-
+from nsae_cli import catalogue
 from nsae_cli.analysis.documents import read_document
 from nsae_cli.analysis.top_norms_artifact import load_rows
-from nsae_cli.errors import ArtifactError, UsageError
+from nsae_cli.errors import UsageError
 from nsae_cli.report.page_content import NormsContent, SaeContent
 from nsae_cli.store.commit import read_json
+from nsae_cli.store.data_files import read_arrays, read_data_file
+from nsae_cli.store.sae_folder import LOG
 from nsae_cli.store.workspace import Artifact, Kind, Workspace
 
 _RUN_KEYS = ("config", "hook", "metrics")
@@ -37,23 +36,26 @@ def read_run(artifact: Artifact) -> dict[str, Any]:
     run = read_document(artifact, required=_RUN_KEYS)
     for key, kind in (("config", dict), ("metrics", dict), ("hook", str)):
         if not isinstance(run[key], kind):
-            raise ArtifactError(f"{artifact.path / artifact.kind.mark}: {key} is damaged; train the SAE again")
+            raise catalogue.DOCUMENT_INVALID(
+                f"{artifact.path / artifact.kind.mark}: {key} is damaged; train the SAE again"
+            )
     return run
 
 
 def read_curves(artifact: Artifact) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl.
+    """The rows of metrics.jsonl, whose hash run.json names.
 
     Raises:
         ArtifactError: missing or damaged.
     """
-    log = artifact.path / "metrics.jsonl"
+    log = artifact.path / LOG
+    content = read_data_file(log, read_run(artifact))
     try:
-        rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{log} cannot be read ({error}); train the SAE again") from error
+        rows = [json.loads(line) for line in content.decode("utf-8").splitlines()]
+    except (ValueError, RecursionError) as error:
+        raise catalogue.DOCUMENT_INVALID(f"{log} cannot be read ({error}); train the SAE again") from error
     if not all(isinstance(row, dict) for row in rows):
-        raise ArtifactError(f"{log}: a line is no JSON object; train the SAE again")
+        raise catalogue.DOCUMENT_INVALID(f"{log}: a line is no JSON object; train the SAE again")
     return rows
 
 
@@ -66,14 +68,13 @@ def read_norms(artifact: Artifact) -> NormsContent:
     document = read_document(artifact, required=("activations", "hooks"))
     path = artifact.path / "norms.safetensors"
     remedy = f"delete the folder {artifact.path} and run nsae norms again"
-    try:
-        arrays: dict[str, np.ndarray] = load_file(path, backend="pread")
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} cannot be read ({str(error).splitlines()[0]}); {remedy}") from error
+    arrays = read_arrays(path, document)
     hooks, bins = len(document["hooks"]), len(arrays.get("edges", [])) - 1
     for name in ("counts", "position0_counts"):
         if name not in arrays or arrays[name].shape != (hooks, bins):
-            raise ArtifactError(f"{path}: {name} is missing or not of {hooks} hooks × {bins} bins; {remedy}")
+            raise catalogue.RESULTS_DAMAGED(
+                f"{path}: {name} is missing or not of {hooks} hooks × {bins} bins; {remedy}"
+            )
     return NormsContent(artifact.name, document, arrays)
 
 
@@ -89,7 +90,7 @@ def read_sae(artifact: Artifact, workspace: Workspace) -> SaeContent:
         artifact.name,
         run,
         read_curves(artifact),
-        None if top_norms is None else (top_norms[1], load_rows(top_norms[0])),
+        None if top_norms is None else (top_norms[1], load_rows(*top_norms)),
         evaluation,
     )
 
@@ -145,7 +146,7 @@ def norms_of(saes: Sequence[SaeContent], workspace: Workspace) -> list[Artifact]
 
 def refuse_nothing(workspace: Workspace) -> UsageError:
     """The error for a workspace without anything to show."""
-    return UsageError(
+    return catalogue.WORKSPACE_EMPTY(
         f"nothing to report on in {workspace.root}: no norms and no SAEs; make some with `nsae collect --model mini`, "
         f"`nsae norms` and `nsae train`, or choose another --workspace"
     )

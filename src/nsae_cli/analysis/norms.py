@@ -81,10 +81,10 @@ def measure_norms(store: ActivationStore, text: TokenText, probe: dict[str, Any]
     return NormsResult(document, tensors)
 
 
-def write_norms(folder: Path, result: NormsResult) -> None:
-    """Writes norms.safetensors and, last, norms.json."""
+def write_norms(folder: Path, result: NormsResult) -> dict[str, Any]:
+    """Writes norms.safetensors and, last, norms.json, which is returned as it was written."""
     commit.write_tensors(folder / "norms.safetensors", result.tensors)
-    commit.write_json(folder / "norms.json", result.document)
+    return commit.write_document(folder / "norms.json", result.document, ["norms.safetensors"])
 
 
 def _histogram_edges(store: ActivationStore, hooks: list[str]) -> torch.Tensor:

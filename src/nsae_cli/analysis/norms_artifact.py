@@ -8,12 +8,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from nsae_cli import catalogue
 from nsae_cli.analysis.checks import say_what_is_missing
 from nsae_cli.analysis.documents import read_document
 from nsae_cli.analysis.norms import measure_norms, write_norms
 from nsae_cli.analysis.probe import probe_store
 from nsae_cli.device import DeviceOption
-from nsae_cli.errors import UsageError
 from nsae_cli.lm.token_text import token_text
 from nsae_cli.report.figures import norm_heatmap, norm_heatmap_position0, save_png
 from nsae_cli.reporter import Reporter
@@ -54,6 +54,7 @@ def run_norms(
         UsageError: NAME holds the norms of other activations, or a probe of a store without tokens.
         ArtifactError: the store, or what NAME holds, is damaged.
         NumericalError: a norm is not finite.
+        BusyError: another process is writing NAME.
         Interrupted: a signal asked to stop; nothing was written.
     """
     name = check_name(store.name if name is None else name)
@@ -66,9 +67,18 @@ def run_norms(
         found = document["activations"]["name"]
         if document["activations"] != identity:
             other = f"an earlier {found}" if found == store.name else f"{found}, not of {store.name}"
-            raise UsageError(f"--name {name} holds the norms of {other}; choose another --name")
+            raise catalogue.NAME_TAKEN(f"--name {name} holds the norms of {other}; choose another --name")
         if not options.probe or all(hook["probe"] is not None for hook in document["hooks"]):
             return NormsArtifact(artifact, document, figures, already_complete=True)
+    with workspace.writing(folder, reporter):
+        document = _measure(store, options, folder, figures, reporter)
+    return NormsArtifact(artifact, document, figures, already_complete=False)
+
+
+def _measure(
+    store: ActivationStore, options: NormsOptions, folder: Path, figures: list[Path], reporter: Reporter
+) -> dict[str, Any]:
+    """Measures, draws and writes; returns norms.json."""
     commit.make_folder(folder)
     commit.remove_leftovers(folder)
     say_what_is_missing(store, reporter)
@@ -81,5 +91,4 @@ def run_norms(
         apart = norm_heatmap_position0(result.document, arrays["counts"], arrays["edges"], arrays["position0_counts"])
         if apart is not None:
             save_png(apart, figures[1])
-    write_norms(folder, result)
-    return NormsArtifact(artifact, result.document, figures, already_complete=False)
+    return write_norms(folder, result)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
+from nsae_cli import catalogue
 from nsae_cli.analysis import gather
 from nsae_cli.analysis.documents import read_document
 from nsae_cli.analysis.saes import choose_saes
@@ -63,7 +64,9 @@ def draw(
 def _activation(references: Sequence[str], workspace: Workspace, reporter: Reporter) -> tuple[str, list[Named]]:
     """relu and tanh-relu with their derivatives over pre_acts in [−2, 4]."""
     if references:
-        raise UsageError(f"plot activation draws no SAE; did you mean `nsae plot training {' '.join(references)}`?")
+        raise catalogue.PLOT_INPUT(
+            f"plot activation draws no SAE; did you mean `nsae plot training {' '.join(references)}`?"
+        )
     pre_acts = torch.linspace(-2, 4, 601, dtype=torch.float64)
     curves = {}
     for act, nonlinearity in NONLINEARITIES.items():
@@ -91,7 +94,9 @@ def _pareto(references: Sequence[str], workspace: Workspace, reporter: Reporter)
     found = [gather.read_measured_run(artifact, workspace) for artifact in saes]
     points = [pareto_point(sae.name, run, evaluation) for sae, (run, evaluation) in zip(saes, found, strict=True)]
     if not any(point.l0 is not None and point.fvu is not None for point in points):
-        raise UsageError("none of these SAEs has L0 and an error on non-sink tokens; train on more than 20 contexts")
+        raise catalogue.PLOT_INPUT(
+            "none of these SAEs has L0 and an error on non-sink tokens; train on more than 20 contexts"
+        )
     caption = f"{caption}; held-out tokens. Methods compare where they reach the same L0, not elsewhere."
     return f"{_group(saes, 'saes')}-pareto", [("", figures.pareto_figure(points, caption))]
 
@@ -114,7 +119,7 @@ def _top_norms(references: Sequence[str], workspace: Workspace, reporter: Report
         artifacts = [_one(Kind.TOP_NORMS, references, workspace, reporter)]
     _refuse_many(len(artifacts), "top-norms")
     documents = [read_document(artifact, required=("sae", "activations", "groups")) for artifact in artifacts]
-    rows = [load_rows(artifact) for artifact in artifacts]
+    rows = [load_rows(artifact, document) for artifact, document in zip(artifacts, documents, strict=True)]
     if len(artifacts) == 1:
         drawn = [
             ("-l0", figures.l0_histogram(rows[0], documents[0])),
@@ -152,7 +157,7 @@ def _group(saes: Sequence[Artifact], otherwise: str) -> str:
 
 def _one(kind: Kind, references: Sequence[str], workspace: Workspace, reporter: Reporter) -> Artifact:
     if len(references) > 1:
-        raise UsageError(f"{' '.join(references)}: {kind.folder} are drawn one at a time; name one")
+        raise catalogue.PLOT_INPUT(f"{' '.join(references)}: {kind.folder} are drawn one at a time; name one")
     if references:
         [artifact] = workspace.find(kind, references[0])
         return artifact
@@ -174,11 +179,15 @@ def _top_norms_of(reference: str, workspace: Workspace) -> list[Artifact]:
         name = sae.name.replace("/", "-")
         folder = workspace.folder(Kind.TOP_NORMS, name)
         if not (folder / Kind.TOP_NORMS.mark).is_file():
-            raise UsageError(f"{sae.name} has no top-norm analysis; run `nsae analyze-top-norms {reference}` first")
+            raise catalogue.ANALYSIS_MISSING(
+                f"{sae.name} has no top-norm analysis; run `nsae analyze-top-norms {reference}` first"
+            )
         found.append(Artifact(Kind.TOP_NORMS, name, folder))
     return found
 
 
 def _refuse_many(panels: int, what: str) -> None:
     if panels > _PANELS:
-        raise UsageError(f"plot {what}: {panels} SAEs in one figure are too many to read, at most {_PANELS}; name some")
+        raise catalogue.PLOT_INPUT(
+            f"plot {what}: {panels} SAEs in one figure are too many to read, at most {_PANELS}; name some"
+        )

@@ -24,7 +24,10 @@ from nsae_cli.analysis.prediction_verdicts import (
 )
 from nsae_cli.errors import NsaeError
 from nsae_cli.store.contexts import Contexts
+from nsae_cli.store.data_files import read_data_file
 from nsae_cli.store.profile import profile_hook
+from nsae_cli.store.sae_folder import LOG
+from nsae_cli.store.seal import is_sealed
 from nsae_cli.store.shards import open_activations
 
 #: The first logged step stands for step 0 if it is among this share of the steps: warm-up has hardly begun.
@@ -93,16 +96,23 @@ def _has_sinks(sae: Sae) -> bool:
 
 
 def _read_log(sae: Sae) -> list[_Logged]:
-    """The lines that have the sinks' share of W_dec's gradient; empty where the log cannot be read."""
+    """The lines that have the sinks' share of W_dec's gradient; empty where there is no log that can be read.
+
+    Raises:
+        ArtifactError: it is not the log that run.json names.
+    """
+    log = sae.folder / LOG
+    if not log.is_file() and not is_sealed(sae.run):
+        return []
     found = []
+    content = read_data_file(log, sae.run)
     try:
-        with (sae.folder / "metrics.jsonl").open(encoding="utf-8") as file:
-            for line in file:
-                record = json.loads(line)
-                share = _sinks_entry((record.get("grad_share") or {}).get("W_dec"))
-                if share is not None:
-                    found.append(_Logged(int(record["step"]), share, _token_share(record)))
-    except (OSError, ValueError):
+        for line in content.decode("utf-8").splitlines():
+            record = json.loads(line)
+            share = _sinks_entry((record.get("grad_share") or {}).get("W_dec"))
+            if share is not None:
+                found.append(_Logged(int(record["step"]), share, _token_share(record)))
+    except ValueError:
         return []
     return found
 

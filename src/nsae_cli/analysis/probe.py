@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from nsae_cli import catalogue
 from nsae_cli.device import DeviceOption, choose_device
-from nsae_cli.errors import ArtifactError, UsageError
 from nsae_cli.lm.layers import Site
 from nsae_cli.lm.loading import DTYPE_NAMES, choose_model_dtype, inspect_model, load_model
 from nsae_cli.lm.probe import ProbeSubject, probe_sinks
@@ -35,13 +35,17 @@ def probe_store(
     """
     manifest = store.manifest
     if not (store.has_tokens and store.has_positions and manifest.context_size):
-        raise UsageError(f"--probe: {store.name} has no tokens and positions to run again; collect it with nsae")
+        raise catalogue.TEXT_NOT_IN_STORE(
+            f"--probe: {store.name} has no tokens and positions to run again; collect it with nsae"
+        )
     source = model or manifest.model
     if source is None:
-        raise UsageError(f"--probe: {store.name} does not say which model it is from; give --model")
+        raise catalogue.SOURCE_UNKNOWN(f"--probe: {store.name} does not say which model it is from; give --model")
     info = inspect_model(source, manifest.revision if model is None else None)
     if manifest.model_sha256 is not None and info.model_sha256 != manifest.model_sha256:
-        raise ArtifactError(f"--probe: {source} is not the model that {store.name} was collected from; give --model")
+        raise catalogue.MODEL_MISMATCH(
+            f"--probe: {source} is not the model that {store.name} was collected from; give --model"
+        )
     device, why = choose_device(device_option)
     reporter.note(f"probing the sinks of {info.name} on {PROBE_CONTEXTS} contexts; device {why}")
     tokenizer = load_tokenizer(info)
@@ -77,5 +81,5 @@ def first_contexts(store: ActivationStore, most: int) -> torch.Tensor:
             if len(found) == most:
                 return torch.stack(found)
     if not found:
-        raise UsageError(f"--probe: {store.name} holds no context of {size} tokens")
+        raise catalogue.NO_ROWS(f"--probe: {store.name} holds no whole context of {size} tokens; collect more tokens")
     return torch.stack(found)

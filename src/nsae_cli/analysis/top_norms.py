@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
-from nsae_cli import interrupt
+from nsae_cli import catalogue, interrupt
 from nsae_cli.analysis.checks import refuse_non_finite
 from nsae_cli.analysis.norms import count_tokens
 from nsae_cli.analysis.row_groups import GROUPS, KINDS, distribution, group_by_norm, kind_of
 from nsae_cli.assets import embedded_note
 from nsae_cli.device import one_thread_if_small
-from nsae_cli.errors import ArtifactError, UsageError
 from nsae_cli.lm.token_text import TokenText
 from nsae_cli.metrics.features import FeatureAccumulator
 from nsae_cli.metrics.groups import zero_rows
@@ -55,18 +54,21 @@ def check_fit(saved: SavedSae, store: ActivationStore) -> None:
         ArtifactError: another width, or the SAE's hook is not stored.
     """
     if saved.hook not in store.manifest.hooks:
-        raise ArtifactError(
+        raise catalogue.HOOK_MISMATCH(
             f"the SAE reads {saved.hook}, {store.name} holds {', '.join(store.manifest.hooks)}; "
             f"give activations of that hook with --activations"
         )
     if saved.sae.d_in != store.manifest.d_in:
-        raise ArtifactError(
+        raise catalogue.WIDTH_MISMATCH(
             f"the SAE reads vectors of width {saved.sae.d_in}, {store.name} holds width {store.manifest.d_in}; "
             f"give activations of the same model with --activations"
         )
     trained_on = saved.run.get("model")
     if trained_on is not None and store.manifest.model is not None and trained_on != store.manifest.model:
-        raise ArtifactError(f"the SAE was trained on {trained_on}, {store.name} is from {store.manifest.model}")
+        raise catalogue.MODEL_MISMATCH(
+            f"the SAE was trained on {trained_on}, {store.name} is from {store.manifest.model}; "
+            f"give activations of the same model with --activations"
+        )
 
 
 def analyze_top_norms(
@@ -96,7 +98,9 @@ def analyze_top_norms(
     refuse_non_finite(store, saved.hook)
     table = _RowTable.collect(store, saved.hook, float(saved.run["norm_scale"]), rows)
     if not len(table.norm):
-        raise UsageError(f"{store.name} has fewer than 20 contexts, so no rows are held out; collect more tokens")
+        raise catalogue.NOTHING_HELD_OUT(
+            f"{store.name} has fewer than 20 contexts, so no rows are held out; collect more tokens"
+        )
     group = group_by_norm(table.norm, top)
     kind = kind_of(table.token, table.position, store.manifest.special_token_ids or [])
     objective = Objective.from_run(saved.run)
@@ -153,10 +157,10 @@ def analyze_top_norms(
     )
 
 
-def write_top_norms(folder: Path, result: TopNormsResult) -> None:
-    """Writes top_norms.safetensors and, last, top_norms.json."""
+def write_top_norms(folder: Path, result: TopNormsResult) -> dict[str, Any]:
+    """Writes top_norms.safetensors and, last, top_norms.json, which is returned as it was written."""
     commit.write_tensors(folder / "top_norms.safetensors", result.tensors)
-    commit.write_json(folder / "top_norms.json", result.document)
+    return commit.write_document(folder / "top_norms.json", result.document, ["top_norms.safetensors"])
 
 
 @dataclass

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
+from nsae_cli import catalogue
 from nsae_cli.analysis.checks import say_what_is_missing
 from nsae_cli.analysis.documents import read_document
 from nsae_cli.analysis.saes import choose_saes, result_names
 from nsae_cli.analysis.top_norms import analyze_top_norms, check_fit, write_top_norms
-from nsae_cli.errors import ArtifactError, UsageError
+from nsae_cli.errors import UsageError
 from nsae_cli.lm.token_text import token_text
 from nsae_cli.report.figures import compare_histograms, l0_histogram, l1_histogram, save_png
 from nsae_cli.reporter import Reporter
 from nsae_cli.store import commit
+from nsae_cli.store.data_files import read_arrays
 from nsae_cli.store.sae_folder import SavedSae, load_sae
 from nsae_cli.store.shards import ActivationStore, describe_changes, open_activations
 from nsae_cli.store.workspace import Artifact, Kind, Workspace, check_name
@@ -117,20 +117,21 @@ def _analyse(
         document = read_document(artifact, required=("sae", "activations", "options", "groups"))
         if all(document[key] == value for key, value in wanted.items()):
             return TopNormsArtifact(artifact, document, figures, already_complete=True)
-        raise UsageError(
+        raise catalogue.NAME_TAKEN(
             f"--name {name} holds another analysis ({_difference(document, wanted)}); choose another --name"
         )
-    commit.make_folder(folder)
-    commit.remove_leftovers(folder)
-    say_what_is_missing(store, reporter)
-    text = token_text(store.manifest, reporter)
-    result = analyze_top_norms(saved, sae.name, store, options.top, options.rows, text, reporter)
-    result.document["options"] = wanted["options"]
-    arrays = {key: tensor.numpy() for key, tensor in result.tensors.items()}
-    save_png(l0_histogram(arrays, result.document), figures[0])
-    save_png(l1_histogram(arrays, result.document), figures[1])
-    write_top_norms(folder, result)
-    return TopNormsArtifact(artifact, result.document, figures, already_complete=False)
+    with workspace.writing(folder, reporter):
+        commit.make_folder(folder)
+        commit.remove_leftovers(folder)
+        say_what_is_missing(store, reporter)
+        text = token_text(store.manifest, reporter)
+        result = analyze_top_norms(saved, sae.name, store, options.top, options.rows, text, reporter)
+        result.document["options"] = wanted["options"]
+        arrays = {key: tensor.numpy() for key, tensor in result.tensors.items()}
+        save_png(l0_histogram(arrays, result.document), figures[0])
+        save_png(l1_histogram(arrays, result.document), figures[1])
+        document = write_top_norms(folder, result)
+    return TopNormsArtifact(artifact, document, figures, already_complete=False)
 
 
 def _difference(document: dict[str, Any], wanted: dict[str, Any]) -> str:
@@ -155,20 +156,20 @@ def store_of(saved: SavedSae, activations: str | None, workspace: Workspace) -> 
         return open_activations(artifact.path)
     trained_on = saved.run["inputs"].get("activations")
     if trained_on is None:
-        raise UsageError(
+        raise catalogue.STORE_OF_SAE_MISSING(
             f"{saved.path.name} was trained on {saved.run['model']} as it ran, not on a store; collect {saved.hook} "
             f"with `nsae collect` and name the store with --activations"
         )
     try:
         [artifact] = workspace.find(Kind.ACTIVATIONS, trained_on["name"])
     except UsageError as error:
-        raise UsageError(
+        raise catalogue.STORE_OF_SAE_MISSING(
             f"the activations {trained_on['name']!r} that {saved.path.name} was trained on are not in "
             f"{workspace.root}; name a store with --activations"
         ) from error
     store = open_activations(artifact.path)
     if store.manifest_sha256 != trained_on["manifest_sha256"]:
-        raise ArtifactError(
+        raise catalogue.STORE_CHANGED(
             f"{store.name} is not the store that {saved.path.name} was trained on (its manifest has changed); "
             f"name the right one with --activations, or this one on purpose: --activations {store.name}"
         )
@@ -186,23 +187,18 @@ def _draw_together(
     if all(result.already_complete for result in results) and all(path.is_file() for path in paths):
         return paths
     loaded: list[tuple[str, dict[str, np.ndarray], dict[str, Any]]] = [
-        (sae.path.name, load_rows(result.artifact), result.document) for sae, result in zip(saes, results, strict=True)
+        (sae.path.name, load_rows(result.artifact, result.document), result.document)
+        for sae, result in zip(saes, results, strict=True)
     ]
     save_png(compare_histograms(loaded, "l0"), paths[0])
     save_png(compare_histograms(loaded, "l1"), paths[1])
     return paths
 
 
-def load_rows(artifact: Artifact) -> dict[str, np.ndarray]:
-    """The tensors of top_norms.safetensors.
+def load_rows(artifact: Artifact, document: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The tensors of top_norms.safetensors, whose hash `document`, the artifact's JSON, names.
 
     Raises:
-        ArtifactError: not readable.
+        ArtifactError: not readable, or not what was written.
     """
-    path = artifact.path / "top_norms.safetensors"
-    try:
-        return load_file(path, backend="pread")
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(
-            f"{path} cannot be read ({str(error).splitlines()[0]}); delete the folder {artifact.path} and run again"
-        ) from error
+    return read_arrays(artifact.path / "top_norms.safetensors", document)

@@ -85,6 +85,9 @@ def _before_the_command(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Warnings and errors only.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
+    break_lock: Annotated[
+        bool, typer.Option("--break-lock", help="Take over a folder that another machine has left locked.")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -92,7 +95,7 @@ def _before_the_command(
     if context.invoked_subcommand is None:
         print_text(context.get_help())
         raise typer.Exit
-    chosen = Workspace.at(workspace)
+    chosen = Workspace.at(workspace, break_lock=break_lock)
     session: Session = context.obj
     session.begin(chosen, verbosity=int(verbose) - int(quiet), json=json)
 

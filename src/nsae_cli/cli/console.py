@@ -23,7 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from nsae_cli.errors import ResourceError
+from nsae_cli import catalogue
 from nsae_cli.reporter import Task
 
 #: Width of tables where stdout is no terminal (a file, a pipe, CI).
@@ -216,6 +216,7 @@ def written_to_stdout() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise ResourceError(
-            f"the result could not be written to stdout ({error.strerror or error}); what the command made is complete"
+        raise catalogue.STDOUT_FAILED(
+            f"the result could not be written to stdout ({error.strerror or error}); "
+            f"what the command made is complete, run it again for the output"
         ) from error

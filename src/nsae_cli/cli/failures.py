@@ -10,7 +10,7 @@ from pathlib import Path
 
 import typer
 
-from nsae_cli import errors
+from nsae_cli import catalogue, errors
 
 EXIT_DONE, EXIT_BUG, EXIT_USAGE, EXIT_ARTIFACT, EXIT_RESOURCE, EXIT_NUMERICAL, EXIT_BUSY = range(7)
 
@@ -27,7 +27,7 @@ _TYPER_USAGE = typer.BadParameter.__mro__[1]
 
 #: A failure with several problems is one line up to this length; a longer one lists them above its last line.
 _ONE_LINE = 200
-_SESSION_OPTIONS = ("--workspace", "--verbose", "-v", "--quiet", "-q", "--json", "--debug", "--version")
+_SESSION_OPTIONS = ("--workspace", "--verbose", "-v", "--quiet", "-q", "--json", "--debug", "--break-lock", "--version")
 
 
 def describe(error: BaseException, log: Path | None = None) -> tuple[int, str | None]:
@@ -37,6 +37,7 @@ def describe(error: BaseException, log: Path | None = None) -> tuple[int, str | 
         error: what was raised.
         log: where the traceback was saved.
     """
+    error = translated(error)
     for kind, code in EXIT_CODES.items():
         if isinstance(error, kind):
             return code, str(error)
@@ -46,17 +47,22 @@ def describe(error: BaseException, log: Path | None = None) -> tuple[int, str | 
         return 130, "interrupted"
     if isinstance(error, typer.Exit):
         return error.exit_code, None
-    if isinstance(error, _TYPER_USAGE):
-        return EXIT_USAGE, _usage_message(error)
     if is_closed_pipe(error):
         return EXIT_DONE, None
-    if isinstance(error, OSError):
-        return EXIT_RESOURCE, _os_message(error)
-    if _is_out_of_memory(error):
-        return EXIT_RESOURCE, "out of memory; lower --batch-size, --buffer or --d-sae"
     first = str(error).strip().splitlines()[:1]
     where = "report it with the output of the same command under --debug" if log is None else f"report it with {log}"
     return EXIT_BUG, f"a bug in nsae ({type(error).__name__}: {first[0][:120] if first else 'no message'}); {where}"
+
+
+def translated(error: BaseException) -> BaseException:
+    """The catalogue's error for what Typer, the operating system and torch raise; anything else as it is."""
+    if isinstance(error, _TYPER_USAGE):
+        return _of_the_command_line(error)
+    if isinstance(error, OSError) and not is_closed_pipe(error):
+        return _of_the_system(error)
+    if _is_out_of_memory(error):
+        return catalogue.OUT_OF_MEMORY("out of memory; lower --batch-size, --buffer or --d-sae")
+    return error
 
 
 def is_closed_pipe(error: BaseException) -> bool:
@@ -74,36 +80,45 @@ def _is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _usage_message(error: BaseException) -> str:
+def _of_the_command_line(error: BaseException) -> errors.UsageError:
     message = error.format_message() if hasattr(error, "format_message") else str(error)
     message = message.replace("Value error, ", "").rstrip(".")
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "nsae"
     option = getattr(error, "option_name", None)
     if option in _SESSION_OPTIONS and command != "nsae":
-        return f"{option} stands before the command: nsae {option} ... {command.removeprefix('nsae ')}"
+        name = command.removeprefix("nsae ")
+        return catalogue.COMMAND_LINE(f"{option} stands before the command: nsae {option} ... {name}")
     if message.startswith("No such command") and context is not None:
         message = f"{message.removesuffix('?')}; known are {', '.join(context.command.commands)}"
-    see = f"; see `{command} --help`" if context is not None else ""
-    return f"{message[:1].lower()}{message[1:]}{see}"
+    complaint = message[:1].lower() + message[1:]
+    return catalogue.COMMAND_LINE(f"{complaint}; see `{command} --help`")
 
 
-def _os_message(error: OSError) -> str:
+def _of_the_system(error: OSError) -> errors.ResourceError:
     where = f": {error.filename}" if error.filename else ""
-    if error.errno == errno.ENOSPC:
-        return f"no space left to write to{where}; free space and run the same command again"
-    return f"{error.strerror or error}{where}; check the path and its permissions"
+    reason = error.strerror or error
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return catalogue.DISK_FULL(f"no space left to write to{where}; free space and run the same command again")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return catalogue.NO_PERMISSION(f"{reason}{where}; check the path and its permissions")
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return catalogue.FOLDER_MISSING(f"{reason}{where}; check the path and its permissions")
+    return catalogue.SYSTEM_ERROR(f"{reason}{where}; check the path and its permissions")
 
 
 def report(error: BaseException, debug: bool, log: Path | None = None) -> int:
     """Prints the failure's one line on stderr and returns the exit code.
 
-    With --debug the traceback stands above it, and so do many problems: then the line names the first and their number.
+    With --debug the traceback and the entry of the catalogue stand above it. So do many problems, with and without it:
+    then the line names the first and their number.
     """
     code, message = describe(error, log)
     with contextlib.suppress(OSError, ValueError):  # a stderr that has gone changes no exit code
         if debug and message is not None:
             traceback.print_exception(error, file=sys.stderr)
+            if (entry := getattr(translated(error), "entry", None)) is not None:
+                print(f"docs/errors.md: {entry.name}", file=sys.stderr)
         if message is not None:
             problems = [_one_line(problem) for problem in getattr(error, "problems", [])]
             if len(problems) > 1 and len(message) > _ONE_LINE:

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from nsae_cli import catalogue
 from nsae_cli.cli.options import Name
 from nsae_cli.cli.session import session_of
-from nsae_cli.errors import UsageError
 
 
 class What(StrEnum):
@@ -54,8 +54,8 @@ def command(
         formats = split_list(format)
         unknown = next((one for one in formats if one not in FORMATS), None)
     except ValueError as error:
-        raise UsageError(f"--format {format}: {error}") from error
+        raise catalogue.OPTION_VALUE(f"--format {format}: {error}") from error
     if unknown is not None:
-        raise UsageError(f"--format {unknown}: expected {', '.join(FORMATS)}, or several of these")
+        raise catalogue.OPTION_VALUE(f"--format {unknown}: expected {', '.join(FORMATS)}, or several of these")
     paths = draw(what.value, names or [], formats, session.workspace, name, session.reporter)
     session.finish_files("plot", paths)

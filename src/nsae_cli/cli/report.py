@@ -8,9 +8,9 @@ import typer
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from nsae_cli import catalogue
 from nsae_cli.cli.options import Name
 from nsae_cli.cli.session import Session, session_of
-from nsae_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from nsae_cli.report.page_content import ReportContent
@@ -57,9 +57,13 @@ def command(
     given = {"rows": rows, "contexts": contexts}
     options = validate_options(ReportOptions, {key: value for key, value in given.items() if value is not None})
     if browse and "none" in browse and len(browse) > 1:
-        raise UsageError(f"--browse none and --browse {next(one for one in browse if one != 'none')}: give one")
+        raise catalogue.REFUSED_COMBINATION(
+            f"--browse none and --browse {next(one for one in browse if one != 'none')}: give one"
+        )
     if text and name is not None:
-        raise UsageError(f"--text writes no page, so that --name {name} names nothing; leave one out")
+        raise catalogue.OPTION_WITHOUT_EFFECT(
+            f"--text writes no page, so that --name {name} names nothing; leave one out"
+        )
     chosen: list[str] | Literal["none"] = "none" if browse == ["none"] else browse or []
     content = collect_report(saes or [], chosen, activations, options, session.workspace, session.reporter)
     if text:

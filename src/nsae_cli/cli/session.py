@@ -10,8 +10,8 @@ from typing import Any
 import typer
 from rich.console import RenderableType
 
+from nsae_cli import catalogue
 from nsae_cli.cli.console import ConsoleReporter, print_json, print_result, print_text
-from nsae_cli.errors import ResourceError
 from nsae_cli.reporter import Reporter
 from nsae_cli.store.workspace import Artifact, Kind, Workspace
 
@@ -34,7 +34,9 @@ class Session:
         root = workspace.root.absolute()
         existing = next(folder for folder in (root, *root.parents) if folder.exists())
         if not existing.is_dir():
-            raise ResourceError(f"workspace {workspace.root}: {existing} is a file, not a folder; choose --workspace")
+            raise catalogue.FOLDER_MISSING(
+                f"workspace {workspace.root}: {existing} is a file, not a folder; choose --workspace"
+            )
 
     def choose(self, kind: Kind, reference: str | None) -> list[Artifact]:
         """The artifacts that a positional argument names; without one the newest complete, said on stderr."""

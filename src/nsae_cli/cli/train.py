@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
+from nsae_cli import catalogue
 from nsae_cli.cli.options import Device, Name, given
 from nsae_cli.cli.session import session_of
-from nsae_cli.errors import UsageError
 from nsae_cli.store.workspace import Kind
 
 
@@ -204,7 +204,7 @@ def command(
         values["context"] = context_size
     options = validate_options(TrainCommandOptions, values)
     if activations is not None and options.from_model is not None:
-        raise UsageError(
+        raise catalogue.REFUSED_COMBINATION(
             f"ACTIVATIONS {activations} and --from-model {options.from_model} both say where rows come from; give one"
         )
     store = None if options.from_model is not None else session.choose(Kind.ACTIVATIONS, activations)[0]

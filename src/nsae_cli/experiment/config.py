@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nsae_cli import catalogue
 from nsae_cli.assets import EMBEDDED_MODELS
 from nsae_cli.errors import ArtifactError, UsageError
 from nsae_cli.experiment.stages import COMMANDS, CommandSpec, Stage
@@ -42,7 +43,7 @@ def load_config(path: Path, workspace: Workspace) -> list[Stage]:
     for entry in reader.entries(document):
         reader.add_stage(entry)
     if problems:
-        raise UsageError.from_problems([f"{path}:{line}: {text}" for line, text in sorted(problems)])
+        raise catalogue.CONFIG_PROBLEMS(*[f"{path}:{line}: {text}" for line, text in sorted(problems)])
     return reader.stages
 
 
@@ -107,7 +108,7 @@ class _Reader:
             else:
                 self._check_keys(command, COMMANDS[command], options)
                 if "name" in options.key_lines:
-                    self._problem(options.key_lines["name"], "defaults: a name belongs to one stage")
+                    self._problem(options.key_lines["name"], "defaults: a name belongs to one stage; give it there")
         return {command: options for command, options in given.value.items() if isinstance(options.value, dict)}
 
     def add_stage(self, entry: _Entry) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nsae_cli import interrupt
-from nsae_cli.errors import Interrupted, NsaeError, UsageError
+from nsae_cli.errors import Interrupted, NsaeError
 from nsae_cli.experiment.config import load_config
 from nsae_cli.experiment.stages import COMMANDS, Stage, StageResult
 from nsae_cli.reporter import Reporter
@@ -43,7 +43,5 @@ def _run_stage(stage: Stage, earlier: list[StageResult], workspace: Workspace, r
         raise
     except NsaeError as error:
         where = f"{stage.place}: {stage.label}"
-        error.args = (f"{where}: {error}",)
-        if isinstance(error, UsageError):
-            error.problems = [f"{where}: {problem}" for problem in error.problems]
+        error.reword(lambda message: f"{where}: {message}")
         raise

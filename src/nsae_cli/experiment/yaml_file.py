@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from nsae_cli.errors import UsageError
+from nsae_cli import catalogue
 
 _MAX_BYTES = 2**20
 _MAX_NODES = 20_000
@@ -57,18 +57,18 @@ def read_yaml(path: Path, problems: list[Problem]) -> Located:
         raw = path.read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UsageError(f"{path}: {reason.lower()}; give the path of a YAML file") from error
+        raise catalogue.CONFIG_UNREADABLE(f"{path}: {reason.lower()}; give the path of a YAML file") from error
     if len(raw) > _MAX_BYTES:
-        raise UsageError(f"{path}: {len(raw):,} bytes is no configuration; at most {_MAX_BYTES:,}")
+        raise catalogue.CONFIG_UNREADABLE(f"{path}: {len(raw):,} bytes is no configuration; at most {_MAX_BYTES:,}")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        raise UsageError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from error
+        raise catalogue.CONFIG_UNREADABLE(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from error
     try:
         node = yaml.compose(text, _Loader)
         if node is None:
-            raise UsageError(f"{path}: the file is empty; write `stages:` with a list of commands")
+            raise catalogue.CONFIG_UNREADABLE(f"{path}: the file is empty; write `stages:` with a list of commands")
         return _Builder(path, problems).build(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -76,9 +76,13 @@ def read_yaml(path: Path, problems: list[Problem]) -> Located:
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         if "'\\t'" in reason:
             reason = "a tab; indent with spaces"
-        raise UsageError(f"{path}{line_text}: not valid YAML ({reason})") from error
+        raise catalogue.CONFIG_UNREADABLE(
+            f"{path}{line_text}: not valid YAML ({reason}); mend that line, indent with spaces"
+        ) from error
     except RecursionError as error:
-        raise UsageError(f"{path}: nested too deeply") from error
+        raise catalogue.CONFIG_UNREADABLE(
+            f"{path}: nested too deeply; write `stages:` with a list of commands"
+        ) from error
 
 
 class _Builder:
@@ -97,7 +101,9 @@ class _Builder:
             return Located(None, line)
         self._seen.add(id(node))
         if len(self._seen) > _MAX_NODES:
-            raise UsageError(f"{self._path}: more than {_MAX_NODES:,} values is no configuration")
+            raise catalogue.CONFIG_UNREADABLE(
+                f"{self._path}: more than {_MAX_NODES:,} values is no configuration; write less"
+            )
         if node.tag not in _PLAIN_TAGS:
             tag = node.tag.replace("tag:yaml.org,2002:", "!!")
             self._problem(line, f"the tag {tag} is not allowed; write plain text, numbers or lists")
@@ -116,11 +122,11 @@ class _Builder:
         for key_node, value_node in node.value:
             key_line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
-                self._problem(key_line, "a key must be a word")
+                self._problem(key_line, "a key must be a word, as in `name: first`")
                 continue
             key = str(key_node.value)
             if key in result:
-                self._problem(key_line, f"key {key!r} appears twice (first in line {lines[key]})")
+                self._problem(key_line, f"key {key!r} appears twice (first in line {lines[key]}); remove one")
                 continue
             lines[key] = key_line
             result[key] = self.build(value_node)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from nsae_cli.errors import ArtifactError
+from nsae_cli import catalogue
 from nsae_cli.interop.foreign import ForeignSae, hub_model, text, whole_number
 from nsae_cli.interop.tensors import as_jumprelu, plain_sae, read_tensors, size_of, topk_of
 from nsae_cli.sae.autoencoder import SparseAutoencoder
@@ -41,10 +41,12 @@ def read_dictionary_learning(folder: Path) -> ForeignSae:
     config = read_json(path)
     trainer = config.get("trainer") if isinstance(config, dict) else None
     if not isinstance(trainer, dict):
-        raise ArtifactError(f"{path} has no trainer; it is not dictionary_learning's configuration")
+        raise catalogue.FOREIGN_CONFIG(
+            f"{path} has no trainer; it is not dictionary_learning's configuration, get the files again"
+        )
     name = trainer.get("dict_class")
     if name not in tuple(_SHAPES):
-        raise ArtifactError(
+        raise catalogue.FOREIGN_ARCHITECTURE(
             f"{path}: dict_class {name!r} is not one that nsae computes; known are {', '.join(_SHAPES)}"
         )
     notes: list[str] = []

@@ -8,7 +8,8 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from nsae_cli.errors import ArtifactError, ResourceError, UsageError
+from nsae_cli import catalogue
+from nsae_cli.errors import ResourceError
 from nsae_cli.interop import dictionary_learning, openai, saelens_reader, sparsify
 from nsae_cli.interop.conversion import PICKLES, how_to_convert
 from nsae_cli.lm.hub import ask_hub, looks_like_hub_id
@@ -71,17 +72,19 @@ def download(reference: HubReference) -> Path:
                 )
             )
         except LocalEntryNotFoundError as error:
-            raise ResourceError(_not_reachable(reference)) from error
+            raise _not_reachable(reference) from error
         except (HfHubHTTPError, OSError) as error:
-            raise ResourceError(f"SAE {reference.repository}: the download failed; try again, or {_REMEDY}") from error
+            raise catalogue.DOWNLOAD_FAILED(
+                f"SAE {reference.repository}: the download failed; try again, or {_REMEDY}"
+            ) from error
     folder = root / reference.folder
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
-        raise ResourceError(_not_reachable(reference))
+        raise _not_reachable(reference)
     return folder
 
 
-def _not_reachable(reference: HubReference) -> str:
-    return (
+def _not_reachable(reference: HubReference) -> ResourceError:
+    return catalogue.HUB_UNREACHABLE(
         f"SAE {reference}: there is no such folder here, the Hugging Face hub is not reachable, and the SAE is not in "
         f"the local cache; {_REMEDY}"
     )
@@ -95,7 +98,7 @@ def _require_weights(reference: HubReference, files: tuple[str, ...]) -> None:
     several = sorted({str(PurePosixPath(name).parent) for name in inside if PurePosixPath(name).name in WEIGHT_FILES})
     pickles = sorted((name for name in inside if name.endswith(PICKLES)), key=lambda name: name.count("/"))
     if pickles and not several:
-        raise ArtifactError(
+        raise catalogue.PICKLE(
             f"{what}: {pickles[0]} is a pickle, which can run code when read, and nsae reads safetensors only; get it "
             f"with `hf download {reference.repository} --include '{reference.prefix}*' --local-dir DIR`, then "
             f"{how_to_convert(Path(pickles[0]))}"
@@ -103,5 +106,5 @@ def _require_weights(reference: HubReference, files: tuple[str, ...]) -> None:
     if several:
         shown = ", ".join(several[:_LISTED]) + (f" and {len(several) - _LISTED} more" if len(several) > _LISTED else "")
         base = f"{reference.repository}:{reference.prefix}"
-        raise UsageError(f"{what} holds {len(several)} SAEs: {shown}; name one, as {base}{several[0]}")
-    raise UsageError(f"{what}: no SAE is there (none of {', '.join(WEIGHT_FILES)}); check the name")
+        raise catalogue.SEVERAL_SAES(f"{what} holds {len(several)} SAEs: {shown}; name one, as {base}{several[0]}")
+    raise catalogue.SAE_NOT_FOUND(f"{what}: no SAE is there (none of {', '.join(WEIGHT_FILES)}); check the name")

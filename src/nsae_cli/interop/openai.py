@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nsae_cli.errors import ArtifactError
+from nsae_cli import catalogue
 from nsae_cli.interop.foreign import ForeignSae
 from nsae_cli.interop.normalized import RowNormalizedAutoencoder
 from nsae_cli.interop.tensors import plain_sae, read_tensors, topk_of
@@ -35,19 +35,21 @@ def read_openai(folder: Path) -> ForeignSae:
     path = folder / CONFIG
     config = read_json(path)
     if not isinstance(config, dict):
-        raise ArtifactError(f"{path} is no JSON object; convert the .pt file again as docs/formats.md shows")
+        raise catalogue.FOREIGN_CONFIG(f"{path} is no JSON object; convert the .pt file again as docs/formats.md shows")
     location, layer = config.get("location"), config.get("layer")
     if location not in tuple(LOCATIONS) or not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
-        raise ArtifactError(
+        raise catalogue.FOREIGN_CONFIG(
             f"{path}: location {location!r}, layer {layer!r}; expected one of {', '.join(LOCATIONS)}, and a layer"
         )
     activation = config.get("activation")
     if activation not in ("ReLU", "TopK"):
-        raise ArtifactError(f"{path}: activation {activation!r} is not one that nsae computes; known are ReLU, TopK")
+        raise catalogue.FOREIGN_ARCHITECTURE(
+            f"{path}: activation {activation!r} is not one that nsae computes; known are ReLU, TopK"
+        )
     sizes = {key: config.get(key) for key in ("n_inputs", "n_latents")}
     for key, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ArtifactError(f"{path}: {key} is {value!r}, expected a positive whole number")
+            raise catalogue.FOREIGN_CONFIG(f"{path}: {key} is {value!r}, expected a positive whole number")
     found = read_tensors(
         folder / WEIGHTS,
         {"pre_bias": "d", "encoder.weight": "nd", "latent_bias": "n", "decoder.weight": "dn"},
@@ -68,8 +70,8 @@ def read_openai(folder: Path) -> ForeignSae:
         options = config.get("activation_state_dict")
         options = options if isinstance(options, dict) else {}
         if options.get("postact_fn") != "ReLU":
-            raise ArtifactError(
-                f"{path}: TopK is followed by {options.get('postact_fn')!r}, nsae computes it followed by ReLU"
+            raise catalogue.FOREIGN_ARCHITECTURE(
+                f"{path}: TopK is followed by {options.get('postact_fn')!r}, expected ReLU"
             )
         k = topk_of(options.get("k"), config["n_latents"], path)
         # With TopK, and only then, their code normalises each row.

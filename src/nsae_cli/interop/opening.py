@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nsae_cli.errors import ArtifactError, UsageError
+from nsae_cli import catalogue
+from nsae_cli.errors import ArtifactError
 from nsae_cli.interop import dictionary_learning, openai, saelens_reader, sparsify
 from nsae_cli.interop.conversion import PICKLES, how_to_convert
 from nsae_cli.interop.foreign import ForeignSae, hub_model, text, truth, whole_number
@@ -35,9 +36,9 @@ def open_sae(reference: str) -> ForeignSae:
         return read_folder(folder)
     on_hub = HubReference.parse(reference)
     if on_hub is None:
-        raise UsageError(
+        raise catalogue.SAE_NOT_FOUND(
             f"SAE {reference!r}: no such SAE in the workspace, no such folder, and not a hub id such as org/repo or "
-            f"org/repo:folder"
+            f"org/repo:folder; check the name"
         )
     return read_folder(download(on_hub))
 
@@ -62,16 +63,22 @@ def read_folder(folder: Path) -> ForeignSae:
     if inside:
         shown = ", ".join(map(str, inside[:_LISTED]))
         more = f" and {len(inside) - _LISTED} more" if len(inside) > _LISTED else ""
-        raise UsageError(f"{folder} holds {len(inside)} SAEs: {shown}{more}; name one, as {folder / inside[0]}")
-    raise ArtifactError(f"{folder} holds no SAE: none of {', '.join(WEIGHT_FILES)} is there; name an SAE's own folder")
+        raise catalogue.SEVERAL_SAES(
+            f"{folder} holds {len(inside)} SAEs: {shown}{more}; name one, as {folder / inside[0]}"
+        )
+    raise catalogue.NOT_AN_ARTIFACT(
+        f"{folder} holds no SAE: none of {', '.join(WEIGHT_FILES)} is there; name an SAE's own folder"
+    )
 
 
 def _refuse_file(path: Path) -> ArtifactError:
     if path.suffix in PICKLES:
-        return ArtifactError(
+        return catalogue.PICKLE(
             f"{path} is a pickle, which can run code when read, and nsae reads safetensors only; {how_to_convert(path)}"
         )
-    return ArtifactError(f"{path} is a file; name the folder that holds the SAE's configuration and weights")
+    return catalogue.NOT_AN_ARTIFACT(
+        f"{path} is a file; name the folder that holds the SAE's configuration and weights"
+    )
 
 
 def _read_own(folder: Path) -> ForeignSae:

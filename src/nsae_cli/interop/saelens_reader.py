@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from safetensors import SafetensorError, safe_open
 
-from nsae_cli.errors import ArtifactError
+from nsae_cli import catalogue
 from nsae_cli.interop.foreign import ForeignSae, hub_model, text, truth, whole_number
 from nsae_cli.interop.normalized import RowNormalizedAutoencoder
 from nsae_cli.interop.tensors import as_jumprelu, finite_scale, plain_sae, read_tensors, size_of, topk_of
@@ -43,7 +43,9 @@ def read_saelens(folder: Path) -> ForeignSae:
     path = folder / CONFIG
     config = read_json(path)
     if not isinstance(config, dict):
-        raise ArtifactError(f"{path} is no JSON object; it is not SAELens' configuration")
+        raise catalogue.FOREIGN_CONFIG(
+            f"{path} is no JSON object; it is not SAELens' configuration, get the files again"
+        )
     metadata = config.get("metadata")
     if not isinstance(metadata, dict):
         metadata = {}
@@ -79,7 +81,7 @@ def _is_legacy(config: dict[str, Any], metadata: dict[str, Any], path: Path) -> 
         return True
     major = str(version).partition(".")[0]
     if not major.isdigit():
-        raise ArtifactError(f"{path}: sae_lens_version is {version!r}, expected a version such as 6.0.0")
+        raise catalogue.FOREIGN_CONFIG(f"{path}: sae_lens_version is {version!r}, expected a version such as 6.0.0")
     return int(major) < 6
 
 
@@ -87,13 +89,13 @@ def _architecture(config: dict[str, Any], path: Path) -> tuple[str, int | None]:
     """Architecture, and k of topk, of SAELens 6."""
     architecture = config.get("architecture")
     if architecture not in tuple(_SHAPES):
-        raise ArtifactError(
+        raise catalogue.FOREIGN_ARCHITECTURE(
             f"{path}: architecture {architecture!r} is not one that nsae computes; known are {', '.join(_SHAPES)}"
         )
     # SAELens 6 ignores this key and computes relu: whoever wrote it meant something else.
     for key in ("activation_fn", "activation_fn_str"):
         if config.get(key) not in (None, "relu"):
-            raise ArtifactError(
+            raise catalogue.FOREIGN_ARCHITECTURE(
                 f"{path}: {key} is {config[key]!r}, but in SAELens 6 {architecture!r} is always relu; an SAE with "
                 f"another activation needs an architecture of its own"
             )
@@ -114,7 +116,7 @@ def _flat_architecture(config: dict[str, Any], path: Path) -> tuple[str, int | N
         return "nsae_tanh_relu", None
     if architecture in ("standard", "jumprelu", "gated") and activation == "relu":
         return str(architecture), None
-    raise ArtifactError(
+    raise catalogue.FOREIGN_ARCHITECTURE(
         f"{path}: architecture {architecture!r} with activation {activation!r} is not one that nsae computes; known "
         f"are standard with relu, tanh-relu or topk, and jumprelu and gated with relu"
     )
@@ -140,7 +142,9 @@ def _read(folder: Path, config: dict[str, Any], architecture: str, k: int | None
         notes.append(f"the scale {scale:.6g} of its activations (expected_average_only_in) is folded into the weights")
     if config.get("rescale_acts_by_decoder_norm", False):
         if architecture != "topk":
-            raise ArtifactError(f"{path}: rescale_acts_by_decoder_norm is for topk, not {architecture}")
+            raise catalogue.FOREIGN_CONFIG(
+                f"{path}: rescale_acts_by_decoder_norm is true with {architecture}, expected only with topk"
+            )
         norms = tensors["W_dec"].double().norm(dim=1)
         tensors["W_enc"], tensors["b_enc"] = tensors["W_enc"].double() * norms, tensors["b_enc"].double() * norms
         tensors["W_dec"] = tensors["W_dec"].double() / norms.unsqueeze(1)
@@ -153,7 +157,7 @@ def _read(folder: Path, config: dict[str, Any], architecture: str, k: int | None
         notes.append("its gate is expressed as thresholds of jumprelu, which compute the same")
     subtract = config.get("apply_b_dec_to_input", True)
     if not isinstance(subtract, bool):
-        raise ArtifactError(f"{path}: apply_b_dec_to_input is {subtract!r}, expected true or false")
+        raise catalogue.FOREIGN_CONFIG(f"{path}: apply_b_dec_to_input is {subtract!r}, expected true or false")
     sae = plain_sae(
         act,
         tensors,
@@ -170,7 +174,7 @@ def _read(folder: Path, config: dict[str, Any], architecture: str, k: int | None
 
 def _names(path: Path) -> set[str]:
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt", backend="pread") as file:
             return set(file.keys())
     except (SafetensorError, OSError):
         return set()  # reading it says why
@@ -183,9 +187,9 @@ def _fold_finetuning(
     if torch.allclose(factor, torch.ones_like(factor)):
         return
     if not config.get("finetuning_scaling_factor", False):
-        raise ArtifactError(
+        raise catalogue.FOREIGN_SCALE(
             f"{path}: there are finetuned scaling factors other than 1, but finetuning_scaling_factor is not true; "
-            f"whether they are to be applied cannot be known"
+            f"make it true if they are to be applied, else remove them"
         )
     tensors["W_dec"] = tensors["W_dec"].double() * factor.double().unsqueeze(1)
     notes.append("its finetuned scaling factors are folded into the decoder")
@@ -199,7 +203,7 @@ def _normalisation(config: dict[str, Any], path: Path) -> _Normalisation:
     for known in _NORMALISATIONS:
         if value == known:
             return known
-    raise ArtifactError(
+    raise catalogue.FOREIGN_ARCHITECTURE(
         f"{path}: normalize_activations {value!r} is not one that nsae computes; known are {', '.join(_NORMALISATIONS)}"
     )
 
@@ -213,7 +217,7 @@ def _average_scale(folder: Path, config: dict[str, Any]) -> float:
         values = read_json(scaler)
         value = values.get("scaling_factor") if isinstance(values, dict) else None
         return finite_scale(value, scaler, "scaling_factor")
-    raise ArtifactError(
+    raise catalogue.FOREIGN_SCALE(
         f"{folder / CONFIG}: its activations were scaled to mean norm √d_in (expected_average_only_in), and the folder "
         f'does not say by how much; add "norm_scaling_factor": √d_in ÷ mean norm to cfg.json'
     )

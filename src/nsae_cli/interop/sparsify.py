@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from nsae_cli.errors import ArtifactError
+from nsae_cli import catalogue
 from nsae_cli.interop.foreign import ForeignSae, hub_model, text, whole_number
 from nsae_cli.interop.tensors import plain_sae, read_tensors, size_of, topk_of
 from nsae_cli.store.commit import read_json
@@ -27,18 +27,22 @@ def read_sparsify(folder: Path) -> ForeignSae:
     path = folder / CONFIG
     config = read_json(path)
     if not isinstance(config, dict):
-        raise ArtifactError(f"{path} is no JSON object; it is not sparsify's configuration")
+        raise catalogue.FOREIGN_CONFIG(
+            f"{path} is no JSON object; it is not sparsify's configuration, get the files again"
+        )
     activation = config.get("activation", "topk")
     if activation != "topk":
         why = "it takes the largest of each group of latents" if activation == "groupmax" else "unknown"
-        raise ArtifactError(f"{path}: activation {activation!r} is not one that nsae computes ({why}); known is topk")
+        raise catalogue.FOREIGN_ARCHITECTURE(
+            f"{path}: activation {activation!r} is not one that nsae computes ({why}); known is topk"
+        )
     for key, what in (
         ("transcode", "a transcoder predicts a module's output from its input and reconstructs nothing"),
         ("skip_connection", "a skip connection adds a linear map of the input"),
         ("signed", "signed acts can be negative"),
     ):
         if config.get(key, False):
-            raise ArtifactError(f"{path}: {key} is set: {what}; nsae reads autoencoders only")
+            raise catalogue.FOREIGN_ARCHITECTURE(f"{path}: {key} is set: {what}; nsae reads autoencoders only")
     d_in = size_of(config, "d_in", path)
     d_sae = whole_number(config.get("num_latents")) or d_in * size_of(config, "expansion_factor", path)
     tensors = read_tensors(

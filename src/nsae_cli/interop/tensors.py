@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from nsae_cli.errors import ArtifactError, NumericalError
+from nsae_cli import catalogue
 from nsae_cli.kernels.types import Weights
 from nsae_cli.sae.autoencoder import SparseAutoencoder
 
@@ -43,10 +43,12 @@ def read_tensors(
         found = load_file(path, backend="pread")
     except (SafetensorError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ArtifactError(f"{path} cannot be read as safetensors ({reason}); get the file again") from error
+        raise catalogue.FOREIGN_TENSORS(
+            f"{path} cannot be read as safetensors ({reason}); get the file again"
+        ) from error
     unknown = sorted(set(found) - set(shapes) - set(ignored))
     if unknown:
-        raise ArtifactError(
+        raise catalogue.FOREIGN_TENSORS(
             f"{path}: nsae does not know the tensor {unknown[0]!r} and so not what this SAE computes; "
             f"expected {', '.join(shapes)}"
         )
@@ -56,14 +58,16 @@ def read_tensors(
         if tensor is None:
             if name in optional:
                 continue
-            raise ArtifactError(f"{path}: the tensor {name!r} is missing; there are {', '.join(sorted(found))}")
+            raise catalogue.FOREIGN_TENSORS(
+                f"{path}: the tensor {name!r} is missing; there are {', '.join(sorted(found))}"
+            )
         shape = tuple(sizes[letter] for letter in letters)
         if tuple(tensor.shape) != shape:
-            raise ArtifactError(
+            raise catalogue.FOREIGN_TENSORS(
                 f"{path}: {name} has shape {list(tensor.shape)}, expected {list(shape)} by the configuration beside it"
             )
         if not tensor.is_floating_point() and tensor.numel() != 1:
-            raise ArtifactError(f"{path}: {name} is {tensor.dtype}, expected floating point")
+            raise catalogue.FOREIGN_TENSORS(f"{path}: {name} is {tensor.dtype}, expected floating point")
         tensors[name] = tensor.float()
         refuse_non_finite(path, name, tensor)
     return tensors
@@ -78,7 +82,7 @@ def refuse_non_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
     bad = ~torch.isfinite(tensor)
     if bad.any():
         first = [int(index) for index in bad.nonzero()[0]]
-        raise NumericalError(
+        raise catalogue.WEIGHTS_NOT_FINITE(
             f"{path}: {name} holds {int(bad.sum()):,} values that are not finite, the first at {first}; "
             f"the SAE is damaged, get it again"
         )
@@ -137,7 +141,7 @@ def topk_of(value: object, d_sae: int, where: Path) -> int:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= d_sae:
-        raise ArtifactError(f"{where}: k is {value!r}, expected a whole number from 1 to {d_sae:,}")
+        raise catalogue.FOREIGN_CONFIG(f"{where}: k is {value!r}, expected a whole number from 1 to {d_sae:,}")
     return value
 
 
@@ -149,7 +153,7 @@ def size_of(config: Mapping[str, object], key: str, where: Path) -> int:
     """
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ArtifactError(f"{where}: {key} is {value!r}, expected a positive whole number")
+        raise catalogue.FOREIGN_CONFIG(f"{where}: {key} is {value!r}, expected a positive whole number")
     return value
 
 
@@ -160,5 +164,5 @@ def finite_scale(value: object, where: Path, key: str) -> float:
         ArtifactError: not a positive finite number.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-        raise ArtifactError(f"{where}: {key} is {value!r}, expected a positive number")
+        raise catalogue.FOREIGN_CONFIG(f"{where}: {key} is {value!r}, expected a positive number")
     return float(value)

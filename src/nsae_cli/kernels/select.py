@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from nsae_cli.errors import UsageError
+from nsae_cli import catalogue
 from nsae_cli.kernels import calibration, certified
 from nsae_cli.kernels.dense import DenseStep
 from nsae_cli.kernels.distance import SQUARED_ERROR
@@ -125,7 +125,9 @@ def choose(
     all_dense = len(dense_only) == len(distances)
     if kernel == "sparse" or (precision == "certified" and all_dense):
         option = "--kernel sparse" if kernel == "sparse" else "--precision certified"
-        raise UsageError(f"{option}: sparse steps have the squared error only, no {name}; leave {option} out")
+        raise catalogue.REFUSED_COMBINATION(
+            f"{option}: sparse steps have the squared error only, no {name}; leave {option} out"
+        )
     choice = _choose("dense" if all_dense else kernel, precision, device)
     if choice.sparse is not None:
         return dataclasses.replace(choice, reason=f"{choice.reason}; {name}: always dense")
@@ -135,20 +137,25 @@ def choose(
 
 def _choose(kernel: KernelOption, precision: PrecisionOption, device: torch.device) -> Choice:
     if kernel == "dense" and precision == "certified":
-        raise UsageError("--kernel dense with --precision certified: only sparse steps have a certified encoder")
+        raise catalogue.REFUSED_COMBINATION(
+            "--kernel dense with --precision certified: only sparse steps have a certified encoder; "
+            "use --kernel sparse or --precision fp32"
+        )
     if device.type == "cuda":
         return _cuda_choice(kernel, precision, device)
     if device.type != "cpu":
         if kernel == "sparse" or precision == "certified":
             option = "--kernel sparse" if kernel == "sparse" else "--precision certified"
-            raise UsageError(f"{option}: only on the CPU, and on CUDA with triton; leave it out or use --device cpu")
+            raise catalogue.KERNEL_MISSING(
+                f"{option}: only on the CPU, and on CUDA with triton; leave it out or use --device cpu"
+            )
         return Choice("dense", f"{device.type}: fp32", device, None, False, True, None)
     if kernel == "dense":
         return Choice("dense", "asked for; fp32, closed-form gradients", device, None, False, True, None)
     loops = library.load()
     if loops is None:
         if precision == "certified":
-            raise UsageError(
+            raise catalogue.KERNEL_MISSING(
                 "--precision certified needs nsae's compiled loops, which this installation lacks; install a C "
                 "compiler and reinstall nsae, or use --precision fp32"
             )
@@ -171,7 +178,9 @@ def _cuda_choice(kernel: KernelOption, precision: PrecisionOption, device: torch
     triton = f"Triton, {'certified bf16 encoder' if certify else 'fp32 encoder'}"
     if not has_triton and (kernel == "sparse" or precision == "certified"):
         option = "--kernel sparse" if kernel == "sparse" else "--precision certified"
-        raise UsageError(f"{option}: only on the CPU, and on CUDA with triton; leave it out or use --device cpu")
+        raise catalogue.KERNEL_MISSING(
+            f"{option}: only on the CPU, and on CUDA with triton; leave it out or use --device cpu"
+        )
     if kernel == "sparse":
         return Choice("sparse", f"asked for; {triton}", device, "triton", certify, False, None)
     kind = f"triton-{'certified' if certify else 'fp32'}"
@@ -179,7 +188,7 @@ def _cuda_choice(kernel: KernelOption, precision: PrecisionOption, device: torch
         why = f"dense or sparse by density; {triton}; {dense} in dense steps"
         return Choice("auto", why, device, "triton", certify, True, matmul_dtype)
     if precision == "certified":
-        raise UsageError(
+        raise catalogue.KERNEL_MISSING(
             "--precision certified on CUDA: give --kernel sparse too, or run `nsae bench --calibrate` first"
         )
     why = f"cuda: {dense}"

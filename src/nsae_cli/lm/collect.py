@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from nsae_cli import interrupt
+from nsae_cli import catalogue, interrupt
 from nsae_cli.device import choose_device, one_thread_if_small
-from nsae_cli.errors import Interrupted, UsageError
+from nsae_cli.errors import Interrupted
 from nsae_cli.lm.config import CollectConfig, ResolvedConfig, resolve
 from nsae_cli.lm.corpus import Corpus, open_corpus
 from nsae_cli.lm.harvest import HarvestedBatch, Harvester, HarvestSpec
@@ -32,7 +32,7 @@ from nsae_cli.lm.shard_buffer import ShardBuffer
 from nsae_cli.lm.tokenizing import TextTokenizer, load_tokenizer
 from nsae_cli.reporter import Reporter
 from nsae_cli.store.manifest import MANIFEST, Manifest, read_manifest
-from nsae_cli.store.shards import StoreWriter, describe_changes
+from nsae_cli.store.shards import StoreWriter, describe_changes, has_leftovers, remove_leftovers
 from nsae_cli.store.workspace import Artifact, Kind, Workspace, config_hash, log_timing
 
 _SAMPLE_DOCUMENTS = 256
@@ -63,6 +63,7 @@ def collect(config: CollectConfig, workspace: Workspace, reporter: Reporter) -> 
         ArtifactError: model, tokenizer or an unfinished store is damaged.
         ResourceError: model, hub, corpus, device, memory or disk not available.
         NumericalError: values that are not finite or do not fit the storage dtype.
+        BusyError: another process is writing the store.
         Interrupted: a signal asked to stop; the same command goes on.
     """
     with quiet_libraries():
@@ -75,27 +76,47 @@ def collect(config: CollectConfig, workspace: Workspace, reporter: Reporter) -> 
         name = config.name or f"{base}-{resolved.site}-{config_hash(options)}"
         artifact = Artifact(Kind.ACTIVATIONS, name, workspace.folder(Kind.ACTIVATIONS, name))
 
-        if (artifact.path / MANIFEST).is_file():
-            manifest, _ = read_manifest(artifact.path)
-            _require_same_options(name, manifest, options)
-            reporter.note(f"{name} is already complete: {manifest.rows:,} rows")
-            return CollectResult(artifact, manifest, reused=True)
+        if (found := _complete(artifact, options, reporter)) is not None:
+            if has_leftovers(artifact.path):
+                with workspace.writing(artifact.path, reporter):
+                    remove_leftovers(artifact.path)
+            return found
+        with workspace.writing(artifact.path, reporter):
+            # Looked at again: another process may have completed it just now.
+            if (found := _complete(artifact, options, reporter)) is not None:
+                return found
+            tokenizer = load_tokenizer(info)
+            plan = _plan(resolved, info, corpus, tokenizer)
+            free = check_space(plan, artifact.path)
+            reporter.note(f"{name}: {_plan_text(plan)}, {size_text(free)} free")
+            reporter.note(f"device {device_reason}, {resolved.model_dtype}")
+            manifest = _run(_Job(resolved, info, corpus, tokenizer, plan, device), artifact, reporter)
+            return CollectResult(artifact, manifest, reused=False)
 
-        tokenizer = load_tokenizer(info)
-        plan = _plan(resolved, info, corpus, tokenizer)
-        free = check_space(plan, artifact.path)
-        reporter.note(f"{name}: {_plan_text(plan)}, {size_text(free)} free")
-        reporter.note(f"device {device_reason}, {resolved.model_dtype}")
-        manifest = _run(_Job(resolved, info, corpus, tokenizer, plan, device), artifact, reporter)
-        return CollectResult(artifact, manifest, reused=False)
+
+def _complete(artifact: Artifact, options: dict[str, Any], reporter: Reporter) -> CollectResult | None:
+    """The store, if it is complete.
+
+    Raises:
+        UsageError: it was collected with other options.
+        ArtifactError: its manifest is damaged.
+    """
+    if not (artifact.path / MANIFEST).is_file():
+        return None
+    manifest, _ = read_manifest(artifact.path)
+    _require_same_options(artifact.name, manifest, options)
+    reporter.note(f"{artifact.name} is already complete: {manifest.rows:,} rows")
+    return CollectResult(artifact, manifest, reused=True)
 
 
 def _require_same_options(name: str, manifest: Manifest, options: dict[str, Any]) -> None:
     earlier = (manifest.command or {}).get("options")
     if not isinstance(earlier, dict):
-        raise UsageError(f"--name {name}: a store of this name is there that nsae did not collect; give another --name")
+        raise catalogue.NAME_TAKEN(
+            f"--name {name}: a store of this name is there that nsae did not collect; give another --name"
+        )
     if earlier != options:
-        raise UsageError(
+        raise catalogue.OPTIONS_CHANGED(
             f"--name {name}: the store of this name was made with other options "
             f"({describe_changes(earlier, options)}); give another --name"
         )
@@ -107,7 +128,7 @@ def _plan(resolved: ResolvedConfig, info: ModelInfo, corpus: Corpus, tokenizer: 
     # How many tokens its text makes is asked only where the size of its text is known.
     sample = list(itertools.islice(documents, 1 if corpus.text_bytes is None else _SAMPLE_DOCUMENTS))
     if not any(text.strip() for text in itertools.chain(sample, documents)):
-        raise UsageError(f"corpus {corpus.name} is empty: it holds no text; give another --corpus")
+        raise catalogue.CORPUS_EMPTY(f"corpus {corpus.name} is empty: it holds no text; give another --corpus")
     token_ids = [ids for batch in tokenizer.encode_batches(sample) for ids in batch]
     sample_bytes = sum(len(text.encode("utf-8")) for text in sample)
     return make_plan(resolved, info, corpus.text_bytes, token_ids, sample_bytes)
@@ -156,19 +177,19 @@ def _run(job: _Job, artifact: Artifact, reporter: Reporter) -> Manifest:
     contexts = packer.contexts(job.tokenizer.encode_batches(_until_stopped(job.corpus.documents())))
     first = next(contexts, None)
     if first is None:
-        raise UsageError(
+        raise catalogue.CORPUS_TOO_SHORT(
             f"corpus {job.corpus.name} is too short: its {packer.dropped_tokens} tokens do not fill a context of "
             f"{job.resolved.context}; give a smaller --context, or --no-packing"
         )
     writer = StoreWriter(artifact.path, job.resolved.model_dump())
     started = time.perf_counter()
     try:
-        durable_rows = sum(entry.rows for entry in writer.entries)
+        durable_rows = writer.durable_rows
         if durable_rows:
             reporter.note(f"going on after {durable_rows:,} rows in {writer.durable_shards} shards")
-        left = itertools.islice(
-            itertools.chain([first], contexts), writer.durable_shards * job.plan.shard_contexts, None
-        )
+        numbered = enumerate(itertools.chain([first], contexts))
+        # Shards hold whole batches, so leaving some shards out moves no border of the others' batches.
+        left = (one for number, one in numbered if number // job.plan.shard_contexts not in writer.durable)
         # The largest product is the MLP's, four times the model's width.
         product = 4 * job.resolved.batch_size * job.resolved.context * job.info.d_model**2
         with one_thread_if_small(product, job.device):
@@ -202,7 +223,7 @@ def _write_shards(
 ) -> None:
     """Gathers batches into shards and hands each full one to the writer's thread."""
     shard = ShardBuffer(job.plan.shard_contexts, job.resolved.context)
-    index = writer.durable_shards
+    index = writer.missing_from(0)
     clock = _Clock(None if job.plan.rows is None else job.plan.rows - durable_rows)
     with reporter.task("collect", job.plan.rows, "rows") as task:
         task.advance(durable_rows)
@@ -211,7 +232,7 @@ def _write_shards(
             if shard.full:
                 # Rows that are not finite have stopped the run before.
                 writer.write(index, shard.take(), nonfinite_rows=0)
-                index += 1
+                index = writer.missing_from(index + 1)
             task.advance(batch.rows)
             if (expected := clock.after(batch.rows)) is not None:
                 reporter.note(f"expected time {duration_text(expected)}")

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
+from nsae_cli import catalogue
 from nsae_cli.device import DeviceOption
 from nsae_cli.errors import UsageError
 from nsae_cli.lm.corpus import BUILTIN, DEFAULT_TEXT_COLUMN, Corpus, CorpusChoice, default_corpus
@@ -179,7 +180,7 @@ def resolve(
     elif batch_size > most:
         problems.append(f"--batch-size {batch_size}: expected at most {most} ({room.holder} holds {room.rows:,} rows)")
     if problems:
-        raise UsageError.from_problems(problems)
+        raise catalogue.OPTION_DOES_NOT_FIT(*problems)
     return ResolvedConfig(
         model=info.name,
         revision=info.revision,

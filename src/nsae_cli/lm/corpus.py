@@ -15,8 +15,8 @@ from typing import Any
 
 from huggingface_hub.errors import HTTPError
 
-from nsae_cli import assets
-from nsae_cli.errors import ResourceError, UsageError
+from nsae_cli import assets, catalogue
+from nsae_cli.errors import UsageError
 from nsae_cli.lm.hub import ask_hub, looks_like_hub_id
 from nsae_cli.lm.quiet import quiet_libraries
 from nsae_cli.store.commit import file_sha256
@@ -94,7 +94,7 @@ def open_corpus(choice: CorpusChoice) -> Corpus:
         _refuse(choice, "a local corpus", config=choice.config, split=choice.split)
         return _local(choice)
     if not looks_like_hub_id(choice.name) or Path(choice.name).suffix in _READERS:
-        raise UsageError(f"--corpus {choice.name}: no such file or folder")
+        raise catalogue.CORPUS_NOT_FOUND(f"--corpus {choice.name}: no such file or folder; check the path")
     return _hub(choice)
 
 
@@ -102,13 +102,15 @@ def _refuse(choice: CorpusChoice, what: str, **options: str | None) -> None:
     names = {"config": "--corpus-config", "split": "--split", "text_column": "--text-column"}
     given = [f"{names[key]} {value}" for key, value in options.items() if value is not None]
     if given:
-        raise UsageError(f"{' and '.join(given)}: {what} ({choice.name}) has no such choice; leave the option out")
+        raise catalogue.OPTION_WITHOUT_EFFECT(
+            f"{' and '.join(given)}: {what} ({choice.name}) has no such choice; leave the option out"
+        )
 
 
 def _builtin(choice: CorpusChoice) -> Corpus:
     split = choice.split or assets.BUILTIN_SPLITS[0]
     if split not in assets.BUILTIN_SPLITS:
-        raise UsageError(f"--split {split}: the built-in corpus has {', '.join(assets.BUILTIN_SPLITS)}")
+        raise catalogue.OPTION_VALUE(f"--split {split}: the built-in corpus has {', '.join(assets.BUILTIN_SPLITS)}")
     digest, size = hashlib.sha256(), 0
     for text in assets.builtin_documents(split):
         content = text.encode("utf-8")
@@ -125,9 +127,11 @@ def _local(choice: CorpusChoice) -> Corpus:
     files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.suffix in _READERS)
     kinds = ", ".join(_READERS)
     if not files:
-        raise UsageError(f"--corpus {choice.name}: the folder holds no {kinds} file")
+        raise catalogue.CORPUS_NOT_FOUND(f"--corpus {choice.name}: the folder holds no {kinds} file; check the path")
     if files[0].suffix not in _READERS:
-        raise UsageError(f"--corpus {choice.name}: unknown kind of file; known are {kinds} and folders of these")
+        raise catalogue.CORPUS_FORMAT(
+            f"--corpus {choice.name}: unknown kind of file; known are {kinds} and folders of these"
+        )
     column = choice.text_column or DEFAULT_TEXT_COLUMN
 
     def documents() -> Iterator[str]:
@@ -135,13 +139,17 @@ def _local(choice: CorpusChoice) -> Corpus:
             try:
                 yield from _READERS[path.suffix](path, column)
             except OSError as error:
-                raise ResourceError(f"--corpus {path.name}: cannot be read ({error.strerror or error})") from error
+                raise catalogue.READ_FAILED(
+                    f"--corpus {path.name}: cannot be read ({error.strerror or error}); check its permissions"
+                ) from error
 
     try:
         sha256 = file_sha256(root) if root.is_file() else _folder_sha256(root, files)
         size = sum(path.stat().st_size for path in files if path.suffix != ".parquet")
     except OSError as error:
-        raise ResourceError(f"--corpus {choice.name}: cannot be read ({error.strerror or error})") from error
+        raise catalogue.READ_FAILED(
+            f"--corpus {choice.name}: cannot be read ({error.strerror or error}); check its permissions"
+        ) from error
     # Parquet is compressed, so its size says little.
     known_size = None if any(path.suffix == ".parquet" for path in files) else size
     return Corpus(root.resolve().name, None, None, sha256, None, known_size, documents)
@@ -157,7 +165,9 @@ def _read_txt(path: Path, column: str) -> Iterator[str]:
     try:
         yield path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"corpus {path.name} is not UTF-8 text (byte {error.start:,}); convert it to UTF-8") from error
+        raise catalogue.CORPUS_ENCODING(
+            f"corpus {path.name} is not UTF-8 text (byte {error.start:,}); convert it to UTF-8"
+        ) from error
 
 
 def _read_jsonl(path: Path, column: str) -> Iterator[str]:
@@ -169,11 +179,17 @@ def _read_jsonl(path: Path, column: str) -> Iterator[str]:
             try:
                 record = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as error:
-                raise UsageError(f"corpus {place} is not UTF-8 text; convert the file to UTF-8") from error
+                raise catalogue.CORPUS_ENCODING(
+                    f"corpus {place} is not UTF-8 text; convert the file to UTF-8"
+                ) from error
             except (ValueError, RecursionError) as error:
-                raise UsageError(f"corpus {place} is not JSON; a .jsonl file holds one object per line") from error
+                raise catalogue.CORPUS_FORMAT(
+                    f"corpus {place} is not JSON; a .jsonl file holds one object per line"
+                ) from error
             if not isinstance(record, dict):
-                raise UsageError(f"corpus {place} is not a JSON object; a .jsonl file holds one object per line")
+                raise catalogue.CORPUS_FORMAT(
+                    f"corpus {place} is not a JSON object; a .jsonl file holds one object per line"
+                )
             yield _text_of(record, column, place)
 
 
@@ -192,7 +208,9 @@ def _read_parquet(path: Path, column: str) -> Iterator[str]:
                     row += 1
                     yield _text_of({column: value}, column, f"{path.name} row {row}")
     except pyarrow.ArrowException as error:
-        raise UsageError(f"corpus {path.name} is not a readable parquet file ({str(error).splitlines()[0]})") from error
+        raise catalogue.CORPUS_FORMAT(
+            f"corpus {path.name} is not a readable parquet file ({str(error).splitlines()[0]}); get it again"
+        ) from error
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
@@ -210,17 +228,23 @@ def _text_of(record: dict[str, Any], column: str, place: str) -> str:
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise UsageError(f"corpus {place}: column {column!r} is {type(text).__name__}, not text; check --text-column")
+        raise catalogue.CORPUS_COLUMN(
+            f"corpus {place}: column {column!r} is {type(text).__name__}, not text; check --text-column"
+        )
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UsageError(f"corpus {place}: half a surrogate pair at character {error.start:,} is not text") from error
+        raise catalogue.CORPUS_ENCODING(
+            f"corpus {place}: half a surrogate pair at character {error.start:,} is not text; mend it"
+        ) from error
     return text
 
 
 def _missing_column(corpus: str, column: str, found: list[str]) -> UsageError:
     names = ", ".join(repr(name) for name in found) or "nothing"
-    return UsageError(f"corpus {corpus} has no column {column!r}; found {names}; choose one with --text-column")
+    return catalogue.CORPUS_COLUMN(
+        f"corpus {corpus} has no column {column!r}; found {names}; choose one with --text-column"
+    )
 
 
 # The hub ------------------------------------------------------------------------------------------------------------
@@ -232,7 +256,7 @@ def _hub(choice: CorpusChoice) -> Corpus:
     with quiet_libraries():
         found = ask_hub("dataset", choice.name, None, _HUB_REMEDY)
     if not found.reachable:
-        raise ResourceError(f"--corpus {choice.name}: the Hugging Face hub is not reachable; {_HUB_REMEDY}")
+        raise catalogue.HUB_UNREACHABLE(f"--corpus {choice.name}: the Hugging Face hub is not reachable; {_HUB_REMEDY}")
 
     def documents() -> Iterator[str]:
         import datasets
@@ -244,13 +268,15 @@ def _hub(choice: CorpusChoice) -> Corpus:
             for number, row in enumerate(rows):
                 yield _text_of(row, column, choice.name if number == 0 else f"{choice.name} row {number + 1}")
         except (HTTPError, OSError) as error:
-            raise ResourceError(
+            raise catalogue.DOWNLOAD_FAILED(
                 f"--corpus {choice.name}: reading from the hub failed ({type(error).__name__}); "
                 f"run the same command again, or {_HUB_REMEDY}"
             ) from error
         except (ValueError, RuntimeError) as error:
             # Unknown configuration or split (datasets lists the known ones), or a data set that needs a script.
             reason = " ".join(str(error).split())[:300]
-            raise UsageError(f"--corpus {choice.name}: {reason}; check --corpus-config and --split") from error
+            raise catalogue.CORPUS_CHOICE(
+                f"--corpus {choice.name}: {reason}; check --corpus-config and --split"
+            ) from error
 
     return Corpus(choice.name, choice.config, split, None, found.commit, None, documents)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsae_cli.errors import NumericalError
+from nsae_cli import catalogue
 from nsae_cli.lm.splice import Splicer
 from nsae_cli.lm.texts import ContextBatch, Text
 from nsae_cli.metrics.groups import N_BINS, SINKS, norm_groups, zero_rows
@@ -197,7 +197,7 @@ class EvaluatedRows:
             return
         row = int((~norms.isfinite()).nonzero()[0])
         context, position = batch.mask.nonzero()[row].tolist()
-        raise NumericalError(
+        raise catalogue.MODEL_NOT_FINITE(
             f"the model's residual at {self._splicer.hook} is not finite at position {position} of context "
             f"{self.text.numbers[batch.first + context]}; try --model-dtype fp32, or check the model's weights"
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from nsae_cli.errors import UsageError
+from nsae_cli import catalogue
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def family_of(model_type: Any, model: str) -> Family:
     """
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        raise UsageError(
+        raise catalogue.MODEL_FAMILY(
             f"--model {model}: family {model_type!r} is not supported; "
             f"known families: {', '.join(FAMILIES)} (the table FAMILIES in nsae_cli/lm/families.py)"
         )

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nsae_cli.errors import NumericalError, ResourceError
+from nsae_cli import catalogue
 from nsae_cli.lm.families import Family, blocks_of
 from nsae_cli.lm.layers import Site, hook_name
 from nsae_cli.lm.packing import Context
@@ -207,7 +207,7 @@ class Harvester:
         if not finite.all():
             # The shallowest layer first: that is where it began.
             column, row = (int(i) for i in (~finite).T.nonzero()[0])
-            raise NumericalError(
+            raise catalogue.MODEL_NOT_FINITE(
                 f"layer {self._spec.norm_layers[column]}: a residual that is not finite at {self._place(batch, row)}; "
                 f"try another --model-dtype, or check the model's weights"
             )
@@ -215,7 +215,7 @@ class Harvester:
         if len(overflowing):
             row, column = (int(i) for i in overflowing[0])
             value = float(largest[row, column])
-            raise NumericalError(
+            raise catalogue.STORAGE_OVERFLOW(
                 f"layer {self._spec.vector_layers[column]}: {value:,.0f} at {self._place(batch, row)} "
                 f"is too large for fp16 (at most 65,504); use --dtype bf16"
             )
@@ -265,4 +265,6 @@ def memory_errors(device: torch.device) -> Iterator[None]:
         texts = ("out of memory", "not enough memory", "can't allocate memory")
         if isinstance(error, RuntimeError) and not any(text in str(error).lower() for text in texts):
             raise
-        raise ResourceError(f"out of memory on {device} while running the model; lower --batch-size") from error
+        raise catalogue.OUT_OF_MEMORY(
+            f"out of memory on {device} while running the model; lower --batch-size"
+        ) from error

@@ -13,7 +13,7 @@ from typing import Literal
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-from nsae_cli.errors import ResourceError
+from nsae_cli import catalogue
 
 _TIMEOUT_SECONDS = 10
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
@@ -60,11 +60,15 @@ def ask_hub(
         ask = api.model_info if kind == "model" else api.dataset_info
         found = ask(name, revision=revision, timeout=_TIMEOUT_SECONDS)
     except RevisionNotFoundError as error:
-        raise ResourceError(f"{option} {name}: the hub has no revision {revision!r} of it; check --revision") from error
+        raise catalogue.HUB_REVISION(
+            f"{option} {name}: the hub has no revision {revision!r} of it; check --revision"
+        ) from error
     except GatedRepoError as error:
-        raise ResourceError(f"{option} {name}: access is restricted; run `hf auth login`, or {remedy}") from error
+        raise catalogue.HUB_GATED(f"{option} {name}: access is restricted; run `hf auth login`, or {remedy}") from error
     except RepositoryNotFoundError as error:
-        raise ResourceError(f"{option} {name}: the hub has no such {kind}, or it is private; {remedy}") from error
+        raise catalogue.HUB_NOT_FOUND(
+            f"{option} {name}: the hub has no such {kind}, or it is private; {remedy}"
+        ) from error
     except (HTTPError, OSError):  # no connection, no answer in time, a server error, HF_HUB_OFFLINE
         return HubRepository(reachable=False)
     return HubRepository(

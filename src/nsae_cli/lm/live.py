@@ -22,9 +22,9 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from nsae_cli import interrupt
+from nsae_cli import catalogue, interrupt
 from nsae_cli.device import choose_device, one_thread_if_small
-from nsae_cli.errors import Interrupted, NsaeError, UsageError
+from nsae_cli.errors import Interrupted, NsaeError
 from nsae_cli.lm.config import BatchRoom, CollectConfig, ResolvedConfig, resolve
 from nsae_cli.lm.corpus import Corpus, open_corpus
 from nsae_cli.lm.harvest import Harvester, HarvestSpec
@@ -196,7 +196,7 @@ class LiveSource:
         if tokens is not None:
             return None
         if self._corpus.text_bytes is None or self._corpus.text_bytes > COUNTED_BYTES:
-            raise UsageError(
+            raise catalogue.OPTION_MISSING(
                 f"--tokens is missing: how many rows --corpus {self._corpus.name} makes is not known before it is "
                 f"read; say how many each SAE is to see"
             )
@@ -332,7 +332,7 @@ class LiveSource:
         return packer.contexts(tokenizer.encode_batches(_until_stopped(self._corpus.documents())))
 
     def _refuse_empty(self) -> NoReturn:
-        raise UsageError(
+        raise catalogue.CORPUS_TOO_SHORT(
             f"corpus {self._corpus.name} is empty, or too short for one context of {self._resolved.context} tokens; "
             f"give another --corpus, a smaller --context, or --no-packing"
         )
@@ -369,9 +369,7 @@ def _own_option_names() -> Iterator[None]:
     try:
         yield
     except NsaeError as error:
-        error.args = (renamed(str(error)),)
-        if isinstance(error, UsageError):
-            error.problems = [renamed(problem) for problem in error.problems]
+        error.reword(renamed)
         raise
 
 

@@ -17,8 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, HTTPError, StrictDataclas
 from safetensors import SafetensorError
 from torch import nn
 
-from nsae_cli import assets
-from nsae_cli.errors import ArtifactError, ResourceError, UsageError
+from nsae_cli import assets, catalogue
 from nsae_cli.lm.families import Family, family_of
 from nsae_cli.lm.hub import ask_hub, looks_like_hub_id
 from nsae_cli.lm.quiet import quiet_libraries
@@ -29,6 +28,7 @@ DTypeName = Literal["fp16", "bf16", "fp32"]
 #: Short names, as on the command line and in messages.
 DTYPE_NAMES: dict[DTypeName, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
+_SAVE_AGAIN = "save the model again with save_pretrained(DIR)"
 _OFFLINE_REMEDY = "use --model mini, which needs no network, or give the path of a folder"
 
 
@@ -80,7 +80,9 @@ def inspect_model(name: str, revision: str | None = None) -> ModelInfo:
     """
     local = name in assets.EMBEDDED_MODELS or Path(name).is_dir()
     if local and revision is not None:
-        raise UsageError(f"--revision {revision}: {name} is no hub model and has no revisions")
+        raise catalogue.OPTION_WITHOUT_EFFECT(
+            f"--revision {revision}: {name} is no hub model and has no revisions; leave it out"
+        )
     return _inspect_folder(name) if local else _inspect_hub_model(name, revision)
 
 
@@ -88,7 +90,9 @@ def _inspect_folder(name: str) -> ModelInfo:
     folder = assets.model_dir(name) if name in assets.EMBEDDED_MODELS else Path(name)
     config_path = folder / "config.json"
     if not config_path.is_file():
-        raise ArtifactError(f"--model {name}: no config.json there; give a folder in the Hugging Face layout")
+        raise catalogue.MODEL_INCOMPLETE(
+            f"--model {name}: no config.json there; give a folder in the Hugging Face layout"
+        )
     weights = sorted(folder.glob("*.safetensors"))
     _require_safetensors(name, [path.name for path in folder.iterdir()])
     digest = hashlib.sha256("".join(file_sha256(path) for path in weights).encode()).hexdigest()
@@ -103,7 +107,7 @@ def _inspect_folder(name: str) -> ModelInfo:
 
 def _inspect_hub_model(name: str, revision: str | None) -> ModelInfo:
     if not looks_like_hub_id(name):
-        raise ResourceError(f"--model {name}: no such folder, and not a hub id; {_OFFLINE_REMEDY}")
+        raise catalogue.HUB_NOT_FOUND(f"--model {name}: no such folder, and not a hub id; {_OFFLINE_REMEDY}")
     with quiet_libraries():
         found = ask_hub("model", name, revision, _OFFLINE_REMEDY)
         if found.files is not None:
@@ -114,13 +118,17 @@ def _inspect_hub_model(name: str, revision: str | None) -> ModelInfo:
             )
         except EntryNotFoundError as error:
             if found.reachable:
-                raise ArtifactError(f"--model {name}: the repository has no config.json; it is not a model") from error
-            raise ResourceError(
+                raise catalogue.MODEL_INCOMPLETE(
+                    f"--model {name}: the repository has no config.json; it is not a model, check the id"
+                ) from error
+            raise catalogue.HUB_UNREACHABLE(
                 f"--model {name}: the Hugging Face hub is not reachable and the model is not in the local cache; "
                 f"{_OFFLINE_REMEDY}"
             ) from error
         except (HTTPError, OSError) as error:
-            raise ResourceError(f"--model {name}: the download failed; try again, or {_OFFLINE_REMEDY}") from error
+            raise catalogue.DOWNLOAD_FAILED(
+                f"--model {name}: the download failed; try again, or {_OFFLINE_REMEDY}"
+            ) from error
     # A cached file lies in snapshots/<commit>/: that is the resolved revision, with or without a network.
     commit = Path(config_path).parent.name
     return _model_info(name, name, commit, Path(config_path), cached_only=not found.reachable)
@@ -131,11 +139,11 @@ def _require_safetensors(name: str, files: tuple[str, ...] | list[str]) -> None:
         return
     pickles = [file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if pickles:
-        raise ArtifactError(
+        raise catalogue.PICKLE(
             f"--model {name}: its weights are only there as pickle ({pickles[0]}), which can run code when read; "
             f"convert them where they are trusted: AutoModelForCausalLM.from_pretrained(...).save_pretrained(DIR)"
         )
-    raise ArtifactError(f"--model {name}: no weights (*.safetensors) are there")
+    raise catalogue.MODEL_INCOMPLETE(f"--model {name}: no weights (*.safetensors) are there; {_SAVE_AGAIN}")
 
 
 def _model_info(
@@ -169,16 +177,20 @@ def _model_info(
             cached_only=cached_only,
         )
     except (TypeError, ValueError, AttributeError, StrictDataclassError) as error:
-        raise ArtifactError(f"--model {name}: config.json is not usable ({_first_line(error)})") from error
+        raise catalogue.MODEL_CONFIG(
+            f"--model {name}: config.json is not usable ({_first_line(error)}); {_SAVE_AGAIN}"
+        ) from error
 
 
 def _read_config(path: Path, name: str) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"--model {name}: config.json is not readable JSON ({_first_line(error)})") from error
+        raise catalogue.MODEL_CONFIG(
+            f"--model {name}: config.json is not readable JSON ({_first_line(error)}); {_SAVE_AGAIN}"
+        ) from error
     if not isinstance(raw, dict):
-        raise ArtifactError(f"--model {name}: config.json is not a JSON object")
+        raise catalogue.MODEL_CONFIG(f"--model {name}: config.json is not a JSON object; {_SAVE_AGAIN}")
     return raw
 
 
@@ -214,17 +226,25 @@ def load_model(info: ModelInfo, device: torch.device, dtype: torch.dtype, *, wit
             model, report = loaded
             model = model.to(device)
         except SafetensorError as error:
-            raise ArtifactError(f"{what}: the weights are damaged ({_first_line(error)}); get them again") from error
+            raise catalogue.MODEL_WEIGHTS(
+                f"{what}: the weights are damaged ({_first_line(error)}); get them again"
+            ) from error
         except torch.OutOfMemoryError as error:
-            raise ResourceError(f"{what} does not fit the memory of {device}; use --device cpu") from error
+            raise catalogue.OUT_OF_MEMORY(f"{what} does not fit the memory of {device}; use --device cpu") from error
         except (OSError, HTTPError) as error:
-            raise ResourceError(f"{what}: loading failed ({_first_line(error)}); {_OFFLINE_REMEDY}") from error
+            raise catalogue.DOWNLOAD_FAILED(
+                f"{what}: loading failed ({_first_line(error)}); {_OFFLINE_REMEDY}"
+            ) from error
         except RuntimeError as error:
-            raise ArtifactError(f"{what}: the weights do not fit config.json ({_first_line(error)})") from error
+            raise catalogue.MODEL_WEIGHTS(
+                f"{what}: the weights do not fit config.json ({_first_line(error)}); {_SAVE_AGAIN}"
+            ) from error
     # Missing weights would be drawn at random, silently.
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
-        raise ArtifactError(f"{what}: {len(missing)} weights are missing, the first is {missing[0]}")
+        raise catalogue.MODEL_WEIGHTS(
+            f"{what}: {len(missing)} weights are missing, the first is {missing[0]}; {_SAVE_AGAIN}"
+        )
     return model.eval()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nsae_cli.errors import ResourceError
+from nsae_cli import catalogue
 from nsae_cli.lm.config import MAX_SHARD_ROWS, ResolvedConfig
 from nsae_cli.lm.loading import ModelInfo
 from nsae_cli.lm.tokenizing import TokenIds
@@ -90,7 +90,7 @@ def check_space(plan: Plan, folder: Path) -> int:
     free = shutil.disk_usage(existing).free
     held = sum(path.stat().st_size for path in folder.glob("shard-*.safetensors"))
     if plan.total_bytes is not None and plan.total_bytes - held > free:
-        raise ResourceError(
+        raise catalogue.DISK_TOO_SMALL(
             f"the store needs {size_text(plan.total_bytes - held)}, {size_text(free)} are free in {existing}; "
             f"lower --tokens, store fewer --layers, or choose another --workspace"
         )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsae_cli.errors import ArtifactError
+from nsae_cli import catalogue
 from nsae_cli.lm.families import Family, blocks_of
 from nsae_cli.lm.harvest import ResidualReader, memory_errors
 from nsae_cli.lm.layers import Site, hook_name, parse_hook
@@ -111,13 +111,15 @@ def require_hook(hook: str, n_layers: int, model: str) -> tuple[int, Site]:
     """
     parsed = parse_hook(hook)
     if parsed is None:
-        raise ArtifactError(
+        raise catalogue.HOOK_MISMATCH(
             f"hook {hook!r}: nsae splices at {hook_name(0, 'resid_pre')} to "
-            f"{hook_name(n_layers - 1, 'resid_post')} of {model} only"
+            f"{hook_name(n_layers - 1, 'resid_post')} of {model} only; give an SAE that reads there"
         )
     layer, site = parsed
     if layer >= n_layers:
-        raise ArtifactError(f"hook {hook}: {model} has layers 0-{n_layers - 1}; the SAE belongs to another model")
+        raise catalogue.HOOK_MISMATCH(
+            f"hook {hook}: {model} has layers 0-{n_layers - 1}; the SAE belongs to another model"
+        )
     return layer, site
 
 

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nsae_cli import interrupt
-from nsae_cli.errors import ArtifactError, UsageError
+from nsae_cli import catalogue, interrupt
 from nsae_cli.lm.corpus import Corpus
 from nsae_cli.lm.packing import Layout, Packer
 from nsae_cli.lm.tokenizing import TextTokenizer, TokenIds
@@ -98,13 +97,13 @@ def held_out_text(store: ActivationStore, tokens: int | None) -> Text:
         Interrupted: a signal asked to stop.
     """
     if not (store.has_tokens and store.has_positions):
-        raise UsageError(
+        raise catalogue.TEXT_NOT_IN_STORE(
             f"{store.name} holds no tokens and positions, so its text cannot be run again; name a text with --corpus"
         )
     found = _held_out_of_store(store)
     text = _take(found, tokens, store.name)
     if not text.contexts:
-        raise UsageError(
+        raise catalogue.NOTHING_HELD_OUT(
             f"{store.name} has fewer than {HELD_OUT_EVERY} contexts, so none is held out; name a text with --corpus"
         )
     return text
@@ -136,7 +135,7 @@ def corpus_text(
     text = _take(numbered, tokens, f"corpus {corpus.name}")
     if not text.contexts:
         lack = f"has fewer than {HELD_OUT_EVERY} contexts" if held_out else "does not fill a context"
-        raise UsageError(
+        raise catalogue.CORPUS_TOO_SHORT(
             f"corpus {corpus.name} {lack} of {layout.context} tokens; give a smaller --context, another --corpus"
         )
     return text
@@ -163,7 +162,7 @@ def _held_out_of_store(store: ActivationStore) -> Iterator[tuple[int, TokenIds]]
                     yield number, np.concatenate(parts)
                 number, parts, length = int(ids[part[0]]), [], 0
             if int(positions[part[0]]) != length:
-                raise ArtifactError(
+                raise catalogue.TEXT_CUT(
                     f"{store.name}: context {number} begins at position {int(positions[part[0]])}, not 0, so its text "
                     f"cannot be run again; name a text with --corpus"
                 )
@@ -181,7 +180,7 @@ def _take(numbered: Iterable[tuple[int, TokenIds]], tokens: int | None, name: st
         if left is not None:
             if len(context) > left:
                 if not contexts:
-                    raise UsageError(
+                    raise catalogue.OPTION_DOES_NOT_FIT(
                         f"--tokens {tokens}: expected at least {len(context)}, the first context of {name}"
                     )
                 break

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from huggingface_hub.errors import HTTPError
 from tokenizers import Tokenizer
 
-from nsae_cli.errors import ArtifactError
+from nsae_cli import catalogue
 from nsae_cli.lm.loading import ModelInfo
 from nsae_cli.lm.quiet import quiet_libraries
 
@@ -86,12 +86,14 @@ def load_tokenizer(info: ModelInfo) -> TextTokenizer:
             )
         except (OSError, HTTPError, ValueError, KeyError, ImportError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise ArtifactError(
+            raise catalogue.TOKENIZER(
                 f"--model {info.name}: no tokenizer could be loaded ({reason}); save the model's tokenizer beside it"
             ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
-        raise ArtifactError(f"--model {info.name}: its tokenizer has no fast form (tokenizer.json)")
+        raise catalogue.TOKENIZER(
+            f"--model {info.name}: its tokenizer has no fast form (tokenizer.json); save it as one"
+        )
     # Documents are cut into contexts here, never by the tokenizer.
     backend.no_truncation()
     backend.no_padding()
@@ -100,17 +102,19 @@ def load_tokenizer(info: ModelInfo) -> TextTokenizer:
 
     separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if separator is None:
-        raise ArtifactError(f"--model {info.name}: its tokenizer names no beginning-of-text token (bos_token)")
+        raise catalogue.TOKENIZER(
+            f"--model {info.name}: its tokenizer names no beginning-of-text token; set bos_token in it"
+        )
     # Special tokens are never made from text, so a padding token beyond the embeddings does no harm.
     special = sorted(set(tokenizer.all_special_ids))
     ordinary = set(backend.get_vocab(with_added_tokens=True).values()) - set(special)
     if not ordinary:
         # transformers makes an empty tokenizer where a model has none.
-        raise ArtifactError(f"--model {info.name}: no tokenizer is there; save the model's tokenizer beside it")
+        raise catalogue.TOKENIZER(f"--model {info.name}: no tokenizer is there; save the model's tokenizer beside it")
     largest = max(ordinary | {separator})
     if largest >= info.vocab_size:
-        raise ArtifactError(
+        raise catalogue.TOKENIZER(
             f"--model {info.name}: its tokenizer makes token {largest}, the model has 0-{info.vocab_size - 1}; "
-            f"they do not belong together"
+            f"save the model's own tokenizer beside it"
         )
     return TextTokenizer(info.name, sha256, separator, special, backend)

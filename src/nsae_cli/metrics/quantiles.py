@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from nsae_cli.errors import NumericalError
+from nsae_cli import catalogue
 
 _HALF_BITS = 16
 _HIGH_BUCKETS = 1 << (_HALF_BITS - 1)  # the sign bit is 0
@@ -62,7 +62,10 @@ def _bits(chunk: Tensor) -> Tensor:
     """Bit patterns of the values, int64 [number of values], on the host."""
     values = chunk.detach().reshape(-1).to("cpu", torch.float32)
     if not bool(((values >= 0) & values.isfinite()).all()):
-        raise NumericalError("a norm is negative or not finite, so the quantiles of the norms are undefined")
+        raise catalogue.STORE_NOT_FINITE(
+            "a norm is negative or not finite, so the quantiles of the norms are undefined; "
+            "collect the activations again"
+        )
     # Adding zero turns −0.0, whose pattern is the smallest integer, into 0.0.
     return (values + 0.0).view(torch.int32).long()
 

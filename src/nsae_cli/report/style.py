@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import os
 import textwrap
-import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator
 
-from nsae_cli.errors import ResourceError
+from nsae_cli.store import commit
 
 #: Colours of Okabe & Ito (2008), distinguishable with every common form of colour blindness.
 VERMILION, BLUE, GREEN, ORANGE = "#D55E00", "#0072B2", "#009E73", "#E69F00"
@@ -194,7 +192,7 @@ def save_png(figure: Figure, path: str | Path) -> None:
     Raises:
         ResourceError: the folder is missing, not writable or full.
     """
-    _write(Path(path), png_bytes(figure))
+    commit.write_bytes(Path(path), png_bytes(figure))
 
 
 def save_figure(figure: Figure, path: Path, formats: Sequence[str]) -> list[Path]:
@@ -209,24 +207,5 @@ def save_figure(figure: Figure, path: Path, formats: Sequence[str]) -> list[Path
     """
     files = [path.parent / f"{path.name}.{form}" for form in formats]
     for form, file in zip(formats, files, strict=True):
-        _write(file, figure_bytes(figure, form))
+        commit.write_bytes(file, figure_bytes(figure, form))
     return files
-
-
-def _write(path: Path, content: bytes) -> None:
-    """A temporary name in the same folder, then a rename."""
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise ResourceError(
-            f"cannot write {path.name} in {path.parent}: {reason}; check the folder and the disk's free space"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Activation stores and the protocol by which every artifact is written.
 
 - `commit`: write-to-temporary, fsync, rename; JSON without NaN; leftovers.
+- `lock`: one process at a time writes into a folder.
 - `manifest`: the store's `manifest.json`, validated.
 - `shards`: writing a store, shard by shard, and reading it back with its hashes checked.
 - `contexts`: which rows belong to which context, and which contexts are held out.

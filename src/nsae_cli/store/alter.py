@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from nsae_cli import interrupt
-from nsae_cli.errors import Interrupted, NumericalError, UsageError
+from nsae_cli import catalogue, interrupt
+from nsae_cli.errors import Interrupted
 from nsae_cli.metrics.groups import zero_rows
 from nsae_cli.reporter import Reporter
 from nsae_cli.store.batches import stable_seed
 from nsae_cli.store.contexts import Contexts
 from nsae_cli.store.manifest import MANIFEST, Manifest, describe_alterations, read_manifest
 from nsae_cli.store.profile import HookProfile, profile_hook
-from nsae_cli.store.shards import ActivationStore, StoreWriter, open_activations
+from nsae_cli.store.shards import ActivationStore, StoreWriter, has_leftovers, open_activations, remove_leftovers
 from nsae_cli.store.workspace import Artifact, Kind, Workspace, check_name, log_timing
 from nsae_cli.values import Size
 
@@ -94,6 +94,7 @@ def alter_store(
         UsageError: NAME is another store.
         ArtifactError: the store is damaged or holds nothing to change.
         NumericalError: a changed value does not fit the storage dtype, or rows are not finite.
+        BusyError: another process is writing the new store.
         Interrupted: a signal asked to stop.
     """
     base = re.sub(r"[^A-Za-z0-9_.\-]+", "_", store.name).lstrip("._-")[:80] or "store"
@@ -102,13 +103,24 @@ def alter_store(
     source = {"activations": store.name, "manifest_sha256": store.manifest_sha256}
     change = options.describe() | source
     if artifact.path.resolve() == store.path.resolve():
-        raise UsageError(f"--name {name} is the store itself; choose another --name")
+        raise catalogue.OUTPUT_IS_INPUT(f"--name {name} is the store itself; choose another --name")
     if (artifact.path / MANIFEST).is_file():
         manifest, _ = read_manifest(artifact.path)
         latest = manifest.altered[-1] if manifest.altered else {}
         if {key: latest.get(key) for key in change} != change:
-            raise UsageError(f"--name {name} is another store; choose another --name")
+            raise catalogue.NAME_TAKEN(f"--name {name} is another store; choose another --name")
+        if has_leftovers(artifact.path):
+            with workspace.writing(artifact.path, reporter):
+                remove_leftovers(artifact.path)
         return AlteredStore(artifact, manifest, already_complete=True)
+    with workspace.writing(artifact.path, reporter):
+        return _write_altered(store, options, artifact, change, reporter)
+
+
+def _write_altered(
+    store: ActivationStore, options: AlterOptions, artifact: Artifact, change: dict[str, Any], reporter: Reporter
+) -> AlteredStore:
+    name = artifact.name
     contexts = Contexts(store)
     alterations = [
         _Alteration.plan(store, profile_hook(store, hook, contexts), options) for hook in store.manifest.hooks
@@ -124,8 +136,8 @@ def alter_store(
     started = time.monotonic()
     try:
         if writer.durable_shards:
-            reporter.note(f"going on after {writer.durable_shards} shards")
-        for index, tensors in _altered_shards(store, alterations, writer.durable_shards, reporter):
+            reporter.note(f"going on with {writer.durable_shards} shards done")
+        for index, tensors in _altered_shards(store, alterations, writer.durable, reporter):
             writer.write(index, tensors, nonfinite_rows=0)
         manifest = writer.finish(_description(store, done))
     except BaseException as error:
@@ -195,13 +207,15 @@ def stretch(norm: torch.Tensor, norm_scale: float, k: float) -> torch.Tensor:
 
 
 def _altered_shards(
-    store: ActivationStore, alterations: list[_Alteration], first: int, reporter: Reporter
+    store: ActivationStore, alterations: list[_Alteration], done: Container[int], reporter: Reporter
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-    """Shard numbers, from `first` on, and their tensors."""
+    """Shard numbers, without those that are done, and their tensors."""
     shards = store.manifest.shards
     with reporter.task("altering", store.manifest.rows, "rows") as task:
-        task.advance(sum(entry.rows for entry in shards[:first]))
-        for index in range(first, len(shards)):
+        for index in range(len(shards)):
+            if index in done:
+                task.advance(shards[index].rows)
+                continue
             interrupt.stop_if_requested("stopped")
             kept = [name for name in _KEPT if store.has(name)]
             tensors = store.read(index, [*store.manifest.hooks, *kept])
@@ -224,7 +238,7 @@ def _rescale(store: ActivationStore, shard: int, hook: str, x: torch.Tensor, tar
     too_large = (~(largest <= most)).nonzero().squeeze(1)  # a NaN too
     if len(too_large):
         worst = int(too_large[0])
-        raise NumericalError(
+        raise catalogue.STORAGE_OVERFLOW(
             f"{store.name}: row {int(rows[worst]):,} of {store.manifest.shards[shard].file} at {hook} would hold "
             f"{float(largest[worst]):.4g}, which does not fit {store.manifest.dtype} (at most {most:,.5g}); "
             f"give a smaller --stretch-norms, or collect with --dtype bf16"
@@ -237,7 +251,7 @@ def _rescale(store: ActivationStore, shard: int, hook: str, x: torch.Tensor, tar
 def _description(store: ActivationStore, change: dict[str, Any]) -> dict[str, Any]:
     """The new manifest without rows and shards: the old one's, and what was done."""
     manifest = store.manifest
-    kept = manifest.model_dump(exclude={"format_version", "rows", "shards", "command"})
+    kept = manifest.model_dump(exclude={"format_version", "rows", "shards", "command", "checksum"})
     return kept | {"norm_hooks": list(manifest.hooks), "altered": [*(manifest.altered or []), change]}
 
 

@@ -3,6 +3,8 @@
 A file is written as ``.<name>.<uuid>.tmp`` in its own folder, flushed to the disk (fsync), renamed, and the folder is
 flushed. Each artifact's JSON is written last by the same protocol: it is the artifact's completion mark.
 Every durable operation passes through `_operation`, the one place where tests inject faults.
+
+Figures are written by it too, so nothing here imports torch before tensors are written.
 """
 
 from __future__ import annotations
@@ -11,18 +13,26 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
+import stat
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from nsae_cli.errors import ArtifactError, ResourceError
+from nsae_cli import catalogue
+from nsae_cli.errors import ResourceError
+from nsae_cli.store.seal import check_seal, seal
+
+if TYPE_CHECKING:
+    import torch
+
+#: An artifact's JSON is far smaller; a file beyond is none, and is not read at all.
+MAX_JSON_BYTES = 64 * 2**20
 
 #: Called as ``fault_hook(operation, path)`` before every durable operation; tests set it to raise or to exit.
 fault_hook: Callable[[str, Path], None] | None = None
@@ -51,10 +61,11 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise ResourceError(_describe_disk_error(error, path)) from error
+        raise disk_error(error, path) from error
 
 
-def _describe_disk_error(error: Exception, path: Path) -> str:
+def disk_error(error: Exception, path: Path) -> ResourceError:
+    """What to raise for a write that failed."""
     # safetensors reports system errors as text only: "... (os error 28)".
     text = str(error)
     code = error.errno if isinstance(error, OSError) else None
@@ -65,26 +76,37 @@ def _describe_disk_error(error: Exception, path: Path) -> str:
     if code in (errno.ENOSPC, errno.EDQUOT):
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(path.parent).free
-            return f"disk full: {what} ({free / 2**20:,.0f} MiB free); free space and run the same command again"
-        return f"disk full: {what}; free space and run the same command again"
+            return catalogue.DISK_FULL(
+                f"disk full: {what} ({free / 2**20:,.0f} MiB free); free space and run the same command again"
+            )
+        return catalogue.DISK_FULL(f"disk full: {what}; free space and run the same command again")
     if code == errno.EFBIG:
-        return f"file size limit reached: {what}; raise the limit (ulimit -f) and run the same command again"
+        return catalogue.FILE_SIZE_LIMIT(
+            f"file size limit reached: {what}; raise the limit (ulimit -f) and run the same command again"
+        )
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"no permission: {what}; choose a writable folder with --workspace"
+        return catalogue.NO_PERMISSION(f"no permission: {what}; choose a writable folder with --workspace")
     if code in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST):
-        return f"the folder is missing or not a folder: {what}; check --workspace"
+        return catalogue.FOLDER_MISSING(f"the folder is missing or not a folder: {what}; check --workspace")
     reason = text.splitlines()[0] if text else type(error).__name__
-    return f"{what}: {reason}; check the disk and run the same command again"
+    return catalogue.WRITE_FAILED(f"{what}: {reason}; check the disk and run the same command again")
 
 
 def make_folder(folder: Path) -> None:
-    """Creates `folder` and its parents.
+    """Creates `folder` and its parents; those that are new are durable afterwards.
 
     Raises:
         ResourceError: the folder cannot be created or written to.
     """
     with disk_errors(folder / "."):
-        folder.mkdir(parents=True, exist_ok=True)
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
+        for path in reversed(new):
+            _operation("mkdir", path)
+            path.mkdir(exist_ok=True)
+            _operation("fsync-folder", path.parent)
+            _fsync_folder(path.parent)
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
@@ -116,11 +138,16 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 text file, whole or not at all."""
-    write_file(path, lambda temporary: _write_bytes(temporary, text.encode("utf-8")))
+    write_bytes(path, text.encode("utf-8"))
 
 
-def _write_bytes(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file, whole or not at all."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
+
+    write_file(path, write)
 
 
 def to_json(value: Any, *, indent: int | None = 2) -> str:
@@ -133,8 +160,31 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, to_json(value) + "\n")
 
 
+def write_document(path: Path, document: Mapping[str, Any], files: Iterable[str] | None = None) -> dict[str, Any]:
+    """Writes an artifact's own JSON, sealed (see `seal`), whole or not at all: the completion mark.
+
+    Args:
+        path: the final name.
+        document: without `files` and `checksum`.
+        files: names of the artifact's data files, in the same folder and durable already (`write_file`, `sync`); None
+            where the document has the hashes of its data files itself.
+
+    Returns:
+        The document as it was written.
+    """
+    hashes = None
+    if files is not None:
+        with disk_errors(path):
+            hashes = {name: file_sha256(path.parent / name) for name in files}
+    sealed = seal(document, hashes)
+    write_json(path, sealed)
+    return sealed
+
+
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Writes a safetensors file, whole or not at all."""
+    from safetensors.torch import save_file
+
     contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     write_file(path, lambda temporary: save_file(contiguous, temporary))
 
@@ -157,6 +207,32 @@ def remove_file(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Removes a folder that is no longer needed; no error where it is gone already.
+
+    It loses its name at once: what is half removed never stands under it.
+    """
+    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"
+    with disk_errors(folder):
+        _operation("rename", folder)
+        try:
+            folder.rename(temporary)
+        except FileNotFoundError:
+            return
+        try:
+            _operation("remove-tree", temporary)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def append_log(path: Path, line: str) -> None:
+    """Appends one line to a log that checkpoints hold a copy of; not flushed to the disk, see `sync`."""
+    with disk_errors(path):
+        _operation("log", path)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
 def append_line(path: Path, line: str) -> None:
     """Appends one line to a log of durable events and flushes it to the disk."""
     with disk_errors(path):
@@ -167,9 +243,22 @@ def append_line(path: Path, line: str) -> None:
             os.fsync(file.fileno())
 
 
+def leftovers(folder: Path) -> list[Path]:
+    """Temporary files and folders in `folder`: half-written by a run that was killed, or by one that runs."""
+    return [*folder.glob(".*.tmp"), *folder.glob("*.tmp-*")]
+
+
+def sync(path: Path) -> None:
+    """Makes durable what was appended to a file without a flush to the disk."""
+    with disk_errors(path):
+        _operation("fsync", path)
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
 def remove_leftovers(folder: Path) -> None:
     """Removes temporary files and folders that a killed run left behind."""
-    for leftover in (*folder.glob(".*.tmp"), *folder.glob("*.tmp-*")):
+    for leftover in leftovers(folder):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
@@ -178,6 +267,8 @@ def remove_leftovers(folder: Path) -> None:
 
 def tensor_sha256(tensor: torch.Tensor) -> str:
     """Hex SHA-256 of a CPU tensor's bytes in row-major order (what a safetensors file holds for it)."""
+    import torch
+
     raw = tensor.contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
     return hashlib.sha256(raw.numpy().data).hexdigest()
 
@@ -189,34 +280,70 @@ def file_sha256(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Parses an artifact's JSON.
+    """Parses an artifact's JSON and checks its seal, if it has one.
 
     Raises:
-        ArtifactError: not valid JSON, duplicate keys, or NaN/Infinity in it.
+        ArtifactError: no file of a plausible size, not valid JSON, duplicate keys, NaN or Infinity in it, or not what
+            was written.
+        ResourceError: it cannot be read.
     """
+    document = parse_json(_read_text(path), path)
+    check_seal(document, path)
+    return document
 
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in seen:
-                raise ValueError(f"key {key!r} appears twice")
-            seen[key] = value
-        return seen
 
-    def no_constants(text: str) -> None:
-        raise ValueError(f"{text} is not allowed")
-
+def _read_text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise catalogue.NOT_AN_ARTIFACT(f"{path} is not a file; make the artifact again")
+        if status.st_size > MAX_JSON_BYTES:
+            raise catalogue.JSON_DAMAGED(
+                f"{path}: {status.st_size:,} bytes, an artifact's JSON has at most {MAX_JSON_BYTES:,}; the file is "
+                f"damaged, make the artifact again"
+            )
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         reason = error.strerror or error
-        raise ResourceError(f"cannot read {path}: {reason}; check the path and its permissions") from error
+        raise catalogue.READ_FAILED(f"cannot read {path}: {reason}; check the path and its permissions") from error
     except UnicodeDecodeError as error:
-        raise ArtifactError(f"{path} is not UTF-8 text; the file is damaged, make the artifact again") from error
+        raise catalogue.JSON_DAMAGED(
+            f"{path} is not UTF-8 text; the file is damaged, make the artifact again"
+        ) from error
+
+
+def parse_json(text: str, path: Path) -> Any:
+    """Parses JSON strictly; `path` is for messages.
+
+    Raises:
+        ArtifactError: not valid JSON, duplicate keys, or NaN or Infinity in it.
+    """
     try:
-        return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constants)
+        return json.loads(
+            text, object_pairs_hook=_no_duplicates, parse_constant=_no_constants, parse_float=_finite_float
+        )
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
-        raise ArtifactError(
+        raise catalogue.JSON_DAMAGED(
             f"{path} is not valid JSON ({reason}); the file is damaged, make the artifact again"
         ) from error
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise ValueError(f"key {key!r} appears twice")
+        seen[key] = value
+    return seen
+
+
+def _no_constants(text: str) -> None:
+    raise ValueError(f"{text} is not allowed")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is too large for a number")
+    return value

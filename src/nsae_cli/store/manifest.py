@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from nsae_cli.errors import ArtifactError
+from nsae_cli import catalogue
 from nsae_cli.store.commit import file_sha256, read_json
 
 MANIFEST = "manifest.json"
@@ -74,6 +74,7 @@ class Manifest(_Frozen):
     versions: dict[str, str] | None = None
     command: dict[str, Any] | None = None
     altered: list[dict[str, Any]] | None = Field(default=None, description="what `nsae alter` did, oldest first")
+    checksum: str | None = Field(default=None, description="the seal, see `store.seal`; checked when it is read")
 
     @field_validator("format_version")
     @classmethod
@@ -123,15 +124,19 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
         progress = folder / "progress.jsonl"
         if progress.is_file():
             done = max(0, len(progress.read_text(encoding="utf-8", errors="replace").splitlines()) - 1)
-            raise ArtifactError(f"{folder.name} is not finished ({done} shards so far); run the same command again")
-        raise ArtifactError(
+            raise catalogue.UNFINISHED(
+                f"{folder.name} is not finished ({done} shards so far); run the same command again"
+            )
+        raise catalogue.NOT_AN_ARTIFACT(
             f"{folder} holds no {MANIFEST}: it is not an activation store; make one with `nsae collect`"
         )
     try:
         manifest = Manifest.model_validate(read_json(path))
     except ValidationError as error:
         problems = "; ".join(_describe(problem) for problem in error.errors()[:3])
-        raise ArtifactError(f"{path}: {problems}; the manifest is damaged or of another version") from error
+        raise catalogue.MANIFEST_INVALID(
+            f"{path}: {problems}; the manifest is damaged or of another version, collect the store again"
+        ) from error
     return manifest, file_sha256(path)
 
 

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from nsae_cli.errors import ArtifactError, NumericalError
+from nsae_cli import catalogue
 from nsae_cli.metrics.groups import N_BINS, ZERO_ROW_FRACTION, norm_groups, zero_rows
 from nsae_cli.metrics.quantiles import stream_quantiles
 from nsae_cli.metrics.sinks import (
@@ -121,7 +121,9 @@ def profile_hook(store: ActivationStore, hook: str, contexts: Contexts) -> HookP
         NumericalError: rows or norms are not finite.
     """
     if damaged := sum(entry.nonfinite_rows or 0 for entry in store.manifest.shards):
-        raise NumericalError(f"{store.name} has {damaged:,} rows that hold NaN or infinity; collect it again")
+        raise catalogue.STORE_NOT_FINITE(
+            f"{store.name} has {damaged:,} rows that hold NaN or infinity; collect it again"
+        )
     return profile_rows(_StoreRows(store, hook, contexts))
 
 
@@ -156,7 +158,9 @@ def profile_rows(rows: ProfiledRows) -> HookProfile:
         profile.training_rows += int(training.sum())
         profile.training_sinks += int((training & flags.any).sum())
     if not log_rows:
-        raise ArtifactError(f"{rows.name}: every row at {rows.hook} is zero or a sink; there is nothing to measure")
+        raise catalogue.NOTHING_TO_MEASURE(
+            f"{rows.name}: every row at {rows.hook} is zero or a sink; there is nothing to measure, collect it again"
+        )
     profile.norm_scale = math.exp(log_sum / log_rows)
     profile.mean_power = _means(sums)
     profile.mean_power_ns = _means(sums_ns)
@@ -186,7 +190,7 @@ def _thresholds(rows: ProfiledRows) -> SinkThresholds:
 
     overall = median(None)
     if overall is None:
-        raise ArtifactError(f"{rows.name} has no rows")
+        raise catalogue.NOTHING_TO_MEASURE(f"{rows.name} has no rows; collect it again")
     if rows.positions(0) is None:
         return fit_thresholds(overall, None, None)
     return fit_thresholds(overall, median(lambda p: p == 0), median(lambda p: p != 0))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
+import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from nsae_cli.errors import ArtifactError, UsageError
+from nsae_cli import catalogue
+from nsae_cli.errors import ArtifactError
 from nsae_cli.store import commit
 from nsae_cli.store.manifest import FORMAT_VERSION, MANIFEST, Manifest, ShardEntry, read_manifest
+from nsae_cli.store.seal import is_sealed, seal, seal_fits
 
 PROGRESS = "progress.jsonl"
 VERIFIED = "verified.jsonl"
@@ -24,6 +27,9 @@ VERIFIED = "verified.jsonl"
 _CACHE_BYTES = 256 * 2**20
 #: Up to this share of a shard's rows, they are read one run at a time instead of the whole tensor.
 _FEW_ROWS = 0.25
+
+
+_SHARD_NAME = re.compile(r"shard-(\d{5,})\.safetensors")
 
 
 def shard_name(index: int) -> str:
@@ -35,9 +41,9 @@ def shard_name(index: int) -> str:
 class StoreWriter:
     """Appends shards to a store's folder; a background thread hashes and writes while the model runs on.
 
-    A shard is durable once its line is in ``progress.jsonl``; the first line there is the resolved configuration.
-    `finish` writes the manifest, the completion mark. At most one shard waits while another is being written, so that
-    host memory does not grow with the number of tokens.
+    A shard is durable once its line is in ``progress.jsonl``; the first line there is the resolved configuration. Each
+    line is sealed. `finish` writes the manifest, the completion mark. At most one shard waits while another is being
+    written, so that host memory does not grow with the number of tokens.
 
     Args:
         folder: the store's folder; created.
@@ -50,16 +56,18 @@ class StoreWriter:
 
     folder: Path
     config: dict[str, Any]
-    entries: list[ShardEntry] = field(init=False, default_factory=list)
+    #: Shards that an earlier run of the same command left complete, by number; there may be gaps.
+    durable: dict[int, ShardEntry] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         commit.make_folder(self.folder)
         commit.remove_leftovers(self.folder)
         progress = self.folder / PROGRESS
         if progress.exists():
-            self.entries = _recover_progress(progress, self.config)
+            self.durable = recover_progress(progress, self.config)
         else:
-            commit.write_text(progress, json.dumps({"config": self.config}, sort_keys=True) + "\n")
+            commit.write_text(progress, progress_text(self.config, []))
+        self._entries = dict(self.durable)
         self._queue: queue.Queue[tuple[int, dict[str, torch.Tensor], int] | None] = queue.Queue(maxsize=1)
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="nsae-store-writer", daemon=True)
@@ -67,8 +75,19 @@ class StoreWriter:
 
     @property
     def durable_shards(self) -> int:
-        """How many shards an earlier run of the same command left complete."""
-        return len(self.entries)
+        """How many shards are on disk, from this run and an earlier one of the same command."""
+        return len(self._entries)
+
+    @property
+    def durable_rows(self) -> int:
+        """How many rows an earlier run of the same command left complete."""
+        return sum(entry.rows for entry in self.durable.values())
+
+    def missing_from(self, index: int) -> int:
+        """Number of the first shard, from `index` on, that an earlier run did not leave complete."""
+        while index in self.durable:
+            index += 1
+        return index
 
     def write(self, index: int, tensors: dict[str, torch.Tensor], nonfinite_rows: int) -> None:
         """Queues a shard. `tensors` must not be changed afterwards. Raises what the background thread met."""
@@ -85,17 +104,22 @@ class StoreWriter:
     def finish(self, description: dict[str, Any]) -> Manifest:
         """Writes the manifest from `description` (its keys without rows and shards) and ends the store."""
         self.wait()
+        entries = [self._entries[index] for index in sorted(self._entries)]
+        if (gap := next((i for i, entry in enumerate(entries) if entry.file != shard_name(i)), None)) is not None:
+            raise catalogue.SHARD_MISSING(
+                f"{self.folder}: {shard_name(gap)} is missing; delete the folder and run again"
+            )
         manifest = Manifest.model_validate(
             {
                 "format_version": FORMAT_VERSION,
                 **description,
-                "rows": sum(entry.rows for entry in self.entries),
-                "shards": [entry.model_dump() for entry in self.entries],
+                "rows": sum(entry.rows for entry in entries),
+                "shards": [entry.model_dump() for entry in entries],
             }
         )
-        commit.write_json(self.folder / MANIFEST, manifest.model_dump())
+        sealed = commit.write_document(self.folder / MANIFEST, manifest.model_dump(exclude={"checksum"}))
         commit.remove_file(self.folder / PROGRESS)
-        return manifest
+        return Manifest.model_validate(sealed)
 
     def abandon(self) -> None:
         """Stops the background thread after the shard in hand; what is durable stays for the next run."""
@@ -128,37 +152,85 @@ class StoreWriter:
             tensors={name: commit.tensor_sha256(tensor) for name, tensor in sorted(tensors.items())},
             nonfinite_rows=nonfinite_rows,
         )
-        commit.append_line(self.folder / PROGRESS, entry.model_dump_json())
-        self.entries.append(entry)
+        commit.append_line(self.folder / PROGRESS, _progress_line(entry))
+        self._entries[index] = entry
 
 
-def _recover_progress(progress: Path, config: dict[str, Any]) -> list[ShardEntry]:
-    """The durable shards of an interrupted run; a torn last line, or a shard that is gone, is written again."""
+def has_leftovers(folder: Path) -> bool:
+    """Whether a run that was killed right after it had completed the store left something that is not needed."""
+    return (folder / PROGRESS).exists() or bool(commit.leftovers(folder))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what `has_leftovers` finds in a complete store's folder."""
+    commit.remove_leftovers(folder)
+    commit.remove_file(folder / PROGRESS)
+
+
+def _progress_line(entry: ShardEntry) -> str:
+    return commit.to_json(seal(entry.model_dump()), indent=None)
+
+
+def progress_text(config: dict[str, Any], entries: Iterable[ShardEntry]) -> str:
+    """progress.jsonl of a store that is being written."""
+    first = commit.to_json(seal({"config": config}), indent=None)
+    return "".join(f"{line}\n" for line in (first, *map(_progress_line, entries)))
+
+
+def recover_progress(progress: Path, config: dict[str, Any]) -> dict[int, ShardEntry]:
+    """The durable shards of an interrupted run, by number.
+
+    A shard whose line is torn or damaged, or whose file is gone, is left out, to be written again.
+
+    Raises:
+        ArtifactError: the first line, the configuration, is damaged.
+        UsageError: the store was begun with another configuration.
+    """
+    earlier, entries, whole = read_progress(progress)
+    if earlier != config:
+        changed = describe_changes(earlier, config)
+        raise catalogue.OPTIONS_CHANGED(
+            f"{progress.parent.name} was begun with other options ({changed}); give the same, or another --name"
+        )
+    there = {
+        index: entry
+        for index, entry in entries.items()
+        if (path := progress.parent / entry.file).is_file() and path.stat().st_size == entry.bytes
+    }
+    if len(there) != len(entries) or not whole:
+        commit.write_text(progress, progress_text(earlier, (there[index] for index in sorted(there))))
+    return there
+
+
+def read_progress(progress: Path) -> tuple[dict[str, Any], dict[int, ShardEntry], bool]:
+    """What progress.jsonl says.
+
+    Returns:
+        The configuration; the shards by number, of the lines that are what was written; whether every line is.
+
+    Raises:
+        ArtifactError: the first line, the configuration, is damaged.
+    """
     text = progress.read_text(encoding="utf-8", errors="replace")
     lines = text.splitlines()
     try:
-        earlier = json.loads(lines[0])["config"]
-    except (IndexError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{progress} is damaged; delete the folder {progress.parent.name} and run again") from error
-    if earlier != config:
-        changed = describe_changes(earlier, config)
-        raise UsageError(
-            f"{progress.parent.name} was begun with other options ({changed}); give the same, or another --name"
-        )
-    entries: list[ShardEntry] = []
+        first = commit.parse_json(lines[0], progress)
+        earlier = first["config"]
+        if not seal_fits(first) or not isinstance(earlier, dict):
+            raise ValueError("its checksum differs")
+    except (IndexError, ValueError, KeyError, TypeError, ArtifactError) as error:
+        raise catalogue.PROGRESS_DAMAGED(
+            f"{progress} is damaged; delete the folder {progress.parent.name} and run again"
+        ) from error
+    entries: dict[int, ShardEntry] = {}
     for line in lines[1:]:
-        try:
-            entry = ShardEntry.model_validate_json(line)
-        except ValueError:
-            break
-        path = progress.parent / entry.file
-        if entry.file != shard_name(len(entries)) or not path.is_file() or path.stat().st_size != entry.bytes:
-            break
-        entries.append(entry)
-    if len(entries) != len(lines) - 1 or not text.endswith("\n"):
-        kept = [lines[0], *(entry.model_dump_json() for entry in entries)]
-        commit.write_text(progress, "\n".join(kept) + "\n")
-    return entries
+        with contextlib.suppress(ValueError, ArtifactError):
+            document = commit.parse_json(line, progress)
+            if is_sealed(document) and seal_fits(document):
+                entry = ShardEntry.model_validate(document)
+                if (named := _SHARD_NAME.fullmatch(entry.file)) is not None:
+                    entries[int(named[1])] = entry
+    return earlier, entries, len(entries) == len(lines) - 1 and text.endswith("\n")
 
 
 def describe_changes(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -226,18 +298,20 @@ class ActivationStore:
         path = self.path / entry.file
         redo = f"the shard is damaged; delete the folder {self.name} and run `nsae collect` again"
         if path.is_symlink():
-            raise ArtifactError(f"{path} is a symbolic link; a store's shards must be files of its own, copy it there")
+            raise catalogue.SHARD_LINK(
+                f"{path} is a symbolic link; a store's shards must be files of its own, copy it there"
+            )
         if not path.is_file():
-            raise ArtifactError(f"{path}: the file is missing; {redo}")
+            raise catalogue.SHARD_MISSING(f"{path}: the file is missing; {redo}")
         size = path.stat().st_size
         if entry.bytes is not None and size != entry.bytes:
-            raise ArtifactError(f"{path}: {size:,} bytes, expected {entry.bytes:,}; {redo}")
+            raise catalogue.SHARD_SIZE(f"{path}: {size:,} bytes, expected {entry.bytes:,}; {redo}")
         try:
             # pread, not mmap: a file that shrinks under a memory map kills the process without a word.
             with safe_open(path, framework="pt", backend="pread") as file:
                 yield file
         except (SafetensorError, OSError) as error:
-            raise ArtifactError(
+            raise catalogue.SHARD_UNREADABLE(
                 f"{path}: not a readable safetensors file ({str(error).splitlines()[0]}); {redo}"
             ) from error
 
@@ -256,7 +330,10 @@ class ActivationStore:
             present = set(file.keys())
             missing = [name for name in names if name not in present]
             if missing:
-                raise ArtifactError(f"{self.path / entry.file}: no tensor {missing[0]!r}; it holds {sorted(present)}")
+                raise catalogue.SHARD_MISMATCH(
+                    f"{self.path / entry.file}: no tensor {missing[0]!r}; it holds {sorted(present)}; "
+                    f"collect the store again"
+                )
             tensors = {name: file.get_tensor(name) for name in names}
         for name, tensor in tensors.items():
             self._check(entry, name, tensor)
@@ -295,15 +372,15 @@ class ActivationStore:
         else:
             shape, dtypes = (entry.rows,), (torch.int32, torch.int64, torch.int16)
         if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-            raise ArtifactError(
+            raise catalogue.SHARD_MISMATCH(
                 f"{self.path / entry.file}: {name} is {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}, "
-                f"the manifest says {list(shape)} {str(dtypes[0]).removeprefix('torch.')}"
+                f"the manifest says {list(shape)} {str(dtypes[0]).removeprefix('torch.')}; collect the store again"
             )
         if entry.tensors is None or name not in entry.tensors:
             return
         if not self._verified.knows(self.path / entry.file, name):
             if commit.tensor_sha256(tensor) != entry.tensors[name]:
-                raise ArtifactError(
+                raise catalogue.CONTENT_CHANGED(
                     f"{self.path / entry.file}: the content of {name} is not what was written (SHA-256 differs); "
                     f"the shard is damaged, delete the folder {self.name} and run `nsae collect` again"
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,7 +14,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from nsae_cli.errors import ArtifactError, UsageError
+from nsae_cli import catalogue
+from nsae_cli.reporter import Reporter
+from nsae_cli.store import lock
 
 DEFAULT_WORKSPACE = "nsae-runs"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,119}")
@@ -52,14 +55,29 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Finds and names artifacts below `root`."""
+    """Finds and names artifacts below `root`, and lets one process at a time write into each.
+
+    Attributes:
+        root: the folder.
+        break_lock: take over locks that another machine has left.
+    """
 
     root: Path
+    break_lock: bool = False
 
     @classmethod
-    def at(cls, option: Path | None) -> Workspace:
+    def at(cls, option: Path | None, *, break_lock: bool = False) -> Workspace:
         """The workspace of ``--workspace``, else of ``NSAE_WORKSPACE``, else ``./nsae-runs``."""
-        return cls(option or Path(os.environ.get("NSAE_WORKSPACE") or DEFAULT_WORKSPACE))
+        return cls(option or Path(os.environ.get("NSAE_WORKSPACE") or DEFAULT_WORKSPACE), break_lock)
+
+    def writing(self, folder: Path, reporter: Reporter) -> contextlib.AbstractContextManager[None]:
+        """Keeps every other process from writing into an artifact's folder while the context is open.
+
+        Raises:
+            BusyError: another process is writing there.
+            ResourceError: the workspace cannot be written.
+        """
+        return lock.writing(folder, reporter, break_lock=self.break_lock)
 
     def folder(self, kind: Kind, name: str) -> Path:
         """Where the artifact `name` of `kind` lives, whether it exists or not."""
@@ -90,7 +108,9 @@ class Workspace:
         """
         for artifact in self.complete(kind):
             return artifact
-        raise UsageError(f"no complete {kind.folder} in {self.root}; run `nsae {kind.command}` first, or name one")
+        raise catalogue.WORKSPACE_EMPTY(
+            f"no complete {kind.folder} in {self.root}; run `nsae {kind.command}` first, or name one"
+        )
 
     def find(self, kind: Kind, reference: str) -> list[Artifact]:
         """What a name in the workspace, else a path, stands for: one artifact, or all cells of an SAE group.
@@ -110,12 +130,14 @@ class Workspace:
                     return [Artifact(kind, self._name_of(kind, cell), cell) for cell in cells]
             if kind is Kind.ACTIVATIONS:
                 return [Artifact(kind, self._name_of(kind, folder), folder)]  # opening it says what is wrong
-            raise ArtifactError(
+            raise catalogue.UNFINISHED(
                 f"{folder} holds no {kind.mark}: it is not finished or not from `nsae {kind.command}`; "
                 f"run the same command again"
             )
         known = ", ".join(artifact.name for artifact in self.complete(kind)) or "none"
-        raise UsageError(f"no {kind.folder} named {reference!r} in {self.root} and no such path; there are: {known}")
+        raise catalogue.NOT_FOUND(
+            f"no {kind.folder} named {reference!r} in {self.root} and no such path; there are: {known}"
+        )
 
     def _name_of(self, kind: Kind, folder: Path) -> str:
         base = (self.root / kind.folder).resolve()
@@ -130,7 +152,9 @@ def check_name(name: str) -> str:
         UsageError: anything else, path separators and newlines included.
     """
     if not _NAME.fullmatch(name):
-        raise UsageError(f"--name {name[:60]!r} is not a name; use letters, digits, '.', '_' and '-', at most 120")
+        raise catalogue.NAME_INVALID(
+            f"--name {name[:60]!r} is not a name; use letters, digits, '.', '_' and '-', at most 120"
+        )
     return name
 
 

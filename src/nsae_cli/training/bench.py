@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from nsae_cli import catalogue
 from nsae_cli.device import DeviceOption, choose_device, one_thread_if_small
-from nsae_cli.errors import UsageError
 from nsae_cli.kernels import calibration, certified, scratch
 from nsae_cli.kernels.native import library
 from nsae_cli.kernels.options import KernelOption, PrecisionOption
@@ -170,7 +170,9 @@ def bench(options: BenchOptions, reporter: Reporter) -> dict[str, Any]:
     """
     device, why = choose_device(options.device)
     if options.l0 > 0.9 * options.d_sae:
-        raise UsageError(f"--l0 {options.l0}: more than 9 of 10 of --d-sae {options.d_sae}; give a smaller one")
+        raise catalogue.OPTION_DOES_NOT_FIT(
+            f"--l0 {options.l0}: more than 9 of 10 of --d-sae {options.d_sae}; give a smaller one"
+        )
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads or before)
     product = options.batch_size * options.d_in * options.d_sae
@@ -261,7 +263,7 @@ def calibrate(device: torch.device, reporter: Reporter) -> dict[str, Any]:
     kernels = available(device)
     dense = kernels.pop("nsae dense")
     if not kernels:
-        raise UsageError(f"--calibrate: there is one kernel only on {device.type}; nothing to choose between")
+        raise catalogue.KERNEL_MISSING(f"--calibrate: there is one kernel only on {device.type}; leave it out")
     points: list[calibration.Point] = []
     table = []
     for d_in, d_sae, batch in _CALIBRATION_SHAPES:

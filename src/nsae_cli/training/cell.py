@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nsae_cli.errors import NumericalError
+from nsae_cli import catalogue
 from nsae_cli.kernels.auxk import with_auxiliary_loss
 from nsae_cli.kernels.select import Choice
 from nsae_cli.kernels.types import StepResult, Weights, in_memory_order
@@ -210,7 +210,7 @@ class Cell:
         if gradients.log_threshold is not None:
             total = total + gradients.log_threshold.sum()
         if not bool(torch.isfinite(total)):
-            raise NumericalError(
+            raise catalogue.LOSS_NOT_FINITE(
                 f"loss or gradient is not finite at step {step + 1} of {self.config.hook} ({self.config.act}, "
                 f"{self.config.l2_norm}); the last checkpoint is kept, try a lower --lr or --clip 1"
             )
@@ -238,8 +238,8 @@ class Cell:
     def state(self) -> dict[str, torch.Tensor]:
         """Everything that a later step depends on beside the configuration, by name.
 
-        On the CPU these are the tensors themselves, not copies: to be written before the next step. Matrices are in the
-        order of their memory (W_enc as [d_sae, d_in]), so that writing them copies nothing either.
+        These are the tensors themselves, not copies. Matrices are in the order of their memory (W_enc as
+        [d_sae, d_in]), so that copying and writing them reorders nothing.
         """
         state = {name: in_memory_order(tensor) for name, tensor in self.weights.named().items()}
         state |= {f"adam/{key}": value for key, value in self._updater.adam.state().items()}
@@ -251,7 +251,7 @@ class Cell:
         if self.control is not None:
             state |= self.control.state()
         state["zero_rows"] = self._zero_rows
-        return {name: tensor.detach().cpu() for name, tensor in state.items()}
+        return {name: tensor.detach() for name, tensor in state.items()}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Goes on from `state()`. A missing entry is a KeyError: nothing is ever re-estimated."""

@@ -3,15 +3,17 @@
 `checkpoints/begun.json` holds the configurations that the run was begun with. A checkpoint is written into
 ``step-N.tmp-…``: `state.safetensors` (tensors of all cells under CELL/NAME, among them the bytes of each cell's
 metrics.jsonl), `state.json` (the step) and `files.json` (their hashes); then the folder is renamed to ``step-N``. Two
-are kept.
+are kept. `CheckpointWriter` does this while training goes on.
 """
 
 from __future__ import annotations
 
 import shutil
 import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -26,6 +28,10 @@ KEEP = 2
 BEGUN = "begun.json"
 _FILES = ("state.safetensors", "state.json")
 _LOG = "metrics.jsonl"
+
+
+class _Damaged(Exception):  # noqa: N818 - never leaves this module: an older checkpoint stands in
+    """Why a checkpoint cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Checkpoints:
         """Records what the run trains and removes what a killed run left half-written."""
         commit.make_folder(self.folder)
         commit.remove_leftovers(self.folder)
-        commit.write_json(self.folder / BEGUN, configs)
+        commit.write_document(self.folder / BEGUN, configs)
 
     def configs(self) -> dict[str, Any] | None:
         """What the run was begun with, or None where there is no run."""
@@ -61,16 +67,15 @@ class Checkpoints:
         if final.exists():
             return  # whole, since `latest` has read it or removed it
         temporary = self.folder / f"step-{step}.tmp-{uuid.uuid4().hex[:8]}"
-        with commit.disk_errors(final):
-            temporary.mkdir()
         try:
+            commit.make_folder(temporary)
             self._write(temporary, step, cells, logs)
             commit.rename_folder(temporary, final)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         for old in self._steps()[:-KEEP]:
-            shutil.rmtree(self.folder / f"step-{old}", ignore_errors=True)
+            commit.remove_folder(self.folder / f"step-{old}")
 
     @staticmethod
     def _write(folder: Path, step: int, cells: dict[str, dict[str, torch.Tensor]], logs: dict[str, bytes]) -> None:
@@ -89,9 +94,9 @@ class Checkpoints:
             try:
                 found = self._read(step)
                 break
-            except ArtifactError as error:
+            except (_Damaged, ArtifactError) as error:
                 damaged.append(f"step-{step} ({error})")
-                shutil.rmtree(self.folder / f"step-{step}", ignore_errors=True)
+                commit.remove_folder(self.folder / f"step-{step}")
         if damaged:
             instead = f"going on from step-{found.step}" if found else "beginning again"
             reporter.warn(f"damaged checkpoint {', '.join(damaged)}: {instead}")
@@ -105,17 +110,17 @@ class Checkpoints:
         folder = self.folder / f"step-{step}"
         for name in ("files.json", *_FILES):
             if not (folder / name).is_file():
-                raise ArtifactError(f"{name} is missing")
+                raise _Damaged(f"{name} is missing")
         expected = commit.read_json(folder / "files.json")
         for name in _FILES:
             if not isinstance(expected, dict) or commit.file_sha256(folder / name) != expected.get(name):
-                raise ArtifactError(f"{name} is not what was written")
+                raise _Damaged(f"{name} is not what was written")
         if commit.read_json(folder / "state.json") != {"step": step}:
-            raise ArtifactError("it is of another step")
+            raise _Damaged("it is of another step")
         try:
             tensors = load_file(folder / "state.safetensors", backend="pread")
         except (SafetensorError, OSError) as error:
-            raise ArtifactError(str(error).splitlines()[0]) from error
+            raise _Damaged(str(error).splitlines()[0]) from error
         cells: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in tensors.items():
             cell, _, name = key.partition("/")
@@ -126,8 +131,71 @@ class Checkpoints:
     def clear(self) -> None:
         """Removes the checkpoints of a wave of cells that is finished; the run goes on."""
         for step in self._steps():
-            shutil.rmtree(self.folder / f"step-{step}", ignore_errors=True)
+            commit.remove_folder(self.folder / f"step-{step}")
 
     def remove(self) -> None:
         """Removes all checkpoints: the run is complete."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        commit.remove_folder(self.folder)
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run, one at a time, in a thread of its own where training need not wait for them.
+
+    A context manager: at its end what is being written is written, or has failed.
+
+    Args:
+        checkpoints: where they go.
+    """
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self._checkpoints = checkpoints
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="nsae-checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, step: int, cells: dict[str, dict[str, torch.Tensor]], logs: dict[str, bytes]) -> None:
+        """Writes a checkpoint now, after the one that is being written.
+
+        Raises:
+            ResourceError: this one, or the one before, could not be written.
+        """
+        self.wait()
+        self._checkpoints.save(step, cells, logs)
+
+    def save_later(self, step: int, cells: dict[str, dict[str, torch.Tensor]], logs: dict[str, bytes]) -> None:
+        """Writes a checkpoint while the caller goes on; first waits for the one before.
+
+        Args:
+            step: steps done.
+            cells: by cell its state: copies, which nobody changes.
+            logs: by cell the content of its metrics.jsonl.
+
+        Raises:
+            ResourceError: the one before could not be written.
+        """
+        self.wait()
+        self._pending = self._thread.submit(self._checkpoints.save, step, cells, logs)
+
+    def raise_failure(self) -> None:
+        """Raises what the checkpoint in the thread has failed with, if it has; does not wait."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for the checkpoint in the thread.
+
+        Raises:
+            ResourceError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
+        if error is None:
+            self.wait()

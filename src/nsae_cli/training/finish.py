@@ -71,8 +71,7 @@ def finish_cell(
         "l0_target": target,
         "warnings": warnings,
     }
-    write_run(folder, document)
-    return document
+    return write_run(folder, document)
 
 
 def _until_stopped(rows: Iterator[T]) -> Iterator[T]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nsae_cli.errors import UsageError
+from nsae_cli import catalogue
 from nsae_cli.store.commit import read_json
 from nsae_cli.store.workspace import Kind, Workspace
 from nsae_cli.training.options import CellConfig
@@ -44,9 +44,11 @@ def _found(name: str, config: CellConfig, runs: list[dict[str, Any]], reference:
     if len(alphas) == 1:
         return alphas.pop()
     if not alphas:
-        raise UsageError(
+        raise catalogue.ALPHA_SOURCE(
             f"--alpha-from {reference}: no SAE there is trained like {name} (the same activation, norms, penalty, "
-            f"decoder, noise, sinks, width and --alpha-scale)"
+            f"decoder, noise, sinks, width and --alpha-scale); give --alpha"
         )
     found = ", ".join(f"{alpha:.4g}" for alpha in sorted(alphas))
-    raise UsageError(f"--alpha-from {reference}: α of {name} could be {found}; name one SAE as {reference}/CELL")
+    raise catalogue.ALPHA_SOURCE(
+        f"--alpha-from {reference}: α of {name} could be {found}; name one SAE as {reference}/CELL"
+    )

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from nsae_cli import catalogue
 from nsae_cli.device import choose_device, one_thread_if_small
-from nsae_cli.errors import ResourceError
 from nsae_cli.kernels import scratch
 from nsae_cli.kernels.select import Choice, choose
 from nsae_cli.reporter import Reporter, SilentReporter
@@ -61,14 +61,27 @@ def train(
         UsageError: refused or impossible options, or NAME exists with other options.
         ResourceError: the device is missing or its memory is too small.
         NumericalError: loss or gradients are not finite.
+        BusyError: another process is training under this name.
         Interrupted: a signal; a checkpoint was written.
     """
     plan = make_plan(options, source, workspace, name)
     artifacts = [plan.artifact(cell) for cell in plan.configs]
     finished = find_finished(plan)
     if finished.keys() == plan.configs.keys():
-        plan.checkpoints.remove()  # left by a run that was killed in its very last moment
+        if plan.has_leftovers():
+            with workspace.writing(plan.folder, reporter):
+                plan.remove_leftovers()
         return TrainResult(plan.name, artifacts, [finished[cell] for cell in plan.configs], already_complete=True)
+    with workspace.writing(plan.folder, reporter):
+        # Looked at again: another process may have trained on just now.
+        runs = _train_unfinished(plan, find_finished(plan), options, reporter)
+    return TrainResult(plan.name, artifacts, runs, already_complete=False)
+
+
+def _train_unfinished(
+    plan: TrainPlan, finished: dict[str, dict[str, Any]], options: TrainOptions, reporter: Reporter
+) -> list[dict[str, Any]]:
+    """Trains the cells that are not finished; run.json of all cells, in the plan's order."""
     if options.deterministic:
         # Read by cuBLAS when CUDA starts; without it deterministic products are refused.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -82,14 +95,13 @@ def train(
             one_thread_if_small(plan.largest_product, device) as side_by_side,
             CellPool(min(side_by_side, len(plan.configs))) as pool,
         ):
-            runs = _Run(plan, kernel, pool, options, reporter).complete(finished)
+            return _Run(plan, kernel, pool, options, reporter).complete(finished)
     except torch.OutOfMemoryError as error:
-        raise ResourceError(
+        raise catalogue.OUT_OF_MEMORY(
             f"out of memory on {device.type} while training; lower --batch-size or --d-sae or train fewer cells"
         ) from error
     finally:
         scratch.clear()
-    return TrainResult(plan.name, artifacts, runs, already_complete=False)
 
 
 @contextlib.contextmanager
@@ -170,7 +182,7 @@ class _Run:
         rows = (plan.steps - first_step) * plan.batch_size
         log_timing(plan.folder, "trained", rows=rows, seconds=round(time.monotonic() - started, 3))
         if len(plan.configs) > 1:
-            commit.write_json(plan.folder / GROUP, {"format_version": FORMAT_VERSION, **plan.identity()})
+            commit.write_document(plan.folder / GROUP, {"format_version": FORMAT_VERSION, **plan.identity()})
         with reporter.task("evaluating", len(cells), "SAEs") as task:
 
             def finish(name: str) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
+from nsae_cli import catalogue
 from nsae_cli.device import DeviceOption
-from nsae_cli.errors import UsageError
 from nsae_cli.kernels.auxk import default_k_aux
 from nsae_cli.kernels.options import KernelOption, PrecisionOption
 from nsae_cli.sae.objective import DEFAULT_ALPHA, DEFAULT_DECODER, DEFAULT_SPARSITY, refused_combination
@@ -209,15 +209,19 @@ def expand_cells(options: TrainOptions, hooks: list[str], d_in: int, epoch_rows:
             tokens for less than one step, or both ways to give the width.
     """
     if options.d_sae is not None and options.expansion_factor is not None:
-        raise UsageError("--d-sae and --expansion-factor both set the number of features; give one of them")
+        raise catalogue.REFUSED_COMBINATION(
+            "--d-sae and --expansion-factor both set the number of features; give one of them"
+        )
     widths = options.d_sae or [round(factor * d_in) for factor in options.expansion_factor or [8.0]]
     tokens = options.tokens or max(epoch_rows, DEFAULT_MIN_STEPS * options.batch_size)
     problems: dict[str, None] = {}
     if tokens < options.batch_size:
-        problems[f"--tokens {tokens:,} is less than one batch of {options.batch_size:,} rows"] = None
+        problems[
+            f"--tokens {tokens:,} is less than one batch of {options.batch_size:,} rows; give at least as many"
+        ] = None
     if min(widths) < 1:
         option = "--d-sae" if options.d_sae else "--expansion-factor, number of features"
-        raise UsageError.from_problems([*problems, f"{option} {min(widths)}: expected at least 1"])
+        raise catalogue.OPTION_VALUE(*[*problems, f"{option} {min(widths)}: expected at least 1"])
     problems |= dict.fromkeys(_misplaced(options))
     if options.alpha_from is not None:
         if options.alpha is not None:
@@ -267,7 +271,7 @@ def expand_cells(options: TrainOptions, hooks: list[str], d_in: int, epoch_rows:
             if cells.setdefault(name, config) != config:
                 problems[f"two SAEs of this grid would both be named {name}; train them one by one"] = None
     if problems:
-        raise UsageError.from_problems(list(problems))
+        raise catalogue.REFUSED_COMBINATION(*problems)
     return cells
 
 

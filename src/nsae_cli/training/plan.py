@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nsae_cli.errors import ArtifactError, UsageError
+from nsae_cli import catalogue
 from nsae_cli.store import commit
 from nsae_cli.store.sae_folder import RUN
+from nsae_cli.store.seal import CHECKSUM
 from nsae_cli.store.shards import describe_changes
 from nsae_cli.store.workspace import Artifact, Kind, Workspace, check_name, config_hash
 from nsae_cli.training.checkpoint import Checkpoints
@@ -61,6 +62,17 @@ class TrainPlan:
     def checkpoints(self) -> Checkpoints:
         """Where the run's checkpoints are."""
         return Checkpoints(self.folder / "checkpoints")
+
+    def has_leftovers(self) -> bool:
+        """Whether a run that was killed in its very last moment left something that is not needed."""
+        folders = (self.folder, *map(self.cell_folder, self.configs))
+        return self.checkpoints.folder.exists() or any(commit.leftovers(folder) for folder in folders)
+
+    def remove_leftovers(self) -> None:
+        """Removes what `has_leftovers` finds once every cell is complete."""
+        self.checkpoints.remove()
+        for folder in (self.folder, *map(self.cell_folder, self.configs)):
+            commit.remove_leftovers(folder)
 
     def cell_folder(self, cell: str) -> Path:
         """Where a cell is saved: the run's own folder if it is the only one."""
@@ -117,7 +129,7 @@ def find_finished(plan: TrainPlan) -> dict[str, dict[str, Any]]:
     found = {mark.parent: commit.read_json(mark) for mark in (*plan.folder.glob(RUN), *plan.folder.glob(f"*/{RUN}"))}
     for folder, run in found.items():
         if not isinstance(run, dict) or not isinstance(run.get("config"), dict):
-            raise ArtifactError(f"{folder / RUN} is not an SAE's; choose another --name")
+            raise catalogue.NOT_AN_ARTIFACT(f"{folder / RUN} is not an SAE's; choose another --name")
     ours = {plan.cell_folder(cell): cell for cell in plan.configs}
     for folder, run in found.items():
         inputs = run.get("inputs") or {}
@@ -139,7 +151,7 @@ def _same(earlier: dict[str, Any], identity: dict[str, Any]) -> bool:
 
 def _inputs(earlier: dict[str, Any]) -> dict[str, Any]:
     """The inputs in an identity, or in a group.json."""
-    return {key: value for key, value in earlier.items() if key not in ("cells", "format_version")}
+    return {key: value for key, value in earlier.items() if key not in ("cells", "format_version", CHECKSUM)}
 
 
 def _refuse(plan: TrainPlan, inputs: dict[str, Any], cells: Any) -> NoReturn:
@@ -147,10 +159,10 @@ def _refuse(plan: TrainPlan, inputs: dict[str, Any], cells: Any) -> NoReturn:
     if inputs != plan.source.inputs:
         changes = plan.source.changes_from(inputs)
         how = f"other rows ({changes})" if changes is not None else f"another kind of input, now {plan.source.label}"
-        raise UsageError(f"--name {plan.name} belongs to {how}; choose another --name")
+        raise catalogue.NAME_TAKEN(f"--name {plan.name} belongs to {how}; choose another --name")
     old_cells = list(cells.values()) if isinstance(cells, dict) else []
     changes = describe_changes(_spanned(old_cells), _spanned(plan.identity()["cells"].values()))
-    raise UsageError(f"--name {plan.name} exists with other options ({changes}); choose another --name")
+    raise catalogue.OPTIONS_CHANGED(f"--name {plan.name} exists with other options ({changes}); choose another --name")
 
 
 def _spanned(cells: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from nsae_cli.metrics.norm_bias import gradient_norms
 from nsae_cli.metrics.training_batch import batch_metrics
 from nsae_cli.store.batches import HookRows
-from nsae_cli.store.commit import disk_errors, to_json
+from nsae_cli.store.commit import append_log, disk_errors, to_json
 from nsae_cli.training.cell import Cell, StepLog
 
 
@@ -83,8 +83,7 @@ class MetricsLog:
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds a line."""
-        with disk_errors(self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write(to_json(record, indent=None) + "\n")
+        append_log(self._path, to_json(record, indent=None))
 
     def content(self) -> bytes:
         """All lines so far, for a checkpoint."""

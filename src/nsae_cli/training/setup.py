@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from nsae_cli import interrupt
-from nsae_cli.errors import Interrupted, UsageError
+from nsae_cli import catalogue, interrupt
+from nsae_cli.errors import Interrupted
 from nsae_cli.kernels.select import Choice
 from nsae_cli.kernels.types import Weights
 from nsae_cli.metrics.groups import SINKS
@@ -63,7 +63,9 @@ def make_streams(
     for (seed, dropped), hooks in hooks_by_stream(plan, wave).items():
         for hook in hooks:
             if dropped and profiles[hook].training_sinks == profiles[hook].training_rows:
-                raise UsageError(f"--sinks drop: every training row of {plan.source.name} at {hook} is a sink")
+                raise catalogue.NO_ROWS(
+                    f"--sinks drop: every training row of {plan.source.name} at {hook} is a sink; use --sinks keep"
+                )
         streams[seed, dropped] = plan.source.stream(
             [profiles[hook] for hook in hooks], plan.batch_size, seed, dropped is not None
         )

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from nsae_cli.errors import UsageError
+from nsae_cli import catalogue
 from nsae_cli.reporter import Reporter
 from nsae_cli.store.batches import Batch, BatchStream, HookRows, held_out_rows
 from nsae_cli.store.contexts import Contexts
@@ -180,7 +180,7 @@ class StoreSource:
         held_out = (self._contexts.held_out(shard) for shard in range(len(self._store.manifest.shards)))
         rows = sum(int((~rows).sum()) for rows in held_out)
         if not rows:
-            raise UsageError(f"{self.name} has no rows to train on; collect more with `nsae collect --tokens`")
+            raise catalogue.NO_ROWS(f"{self.name} has no rows to train on; collect more with `nsae collect --tokens`")
         return rows
 
     def changes_from(self, inputs: Mapping[str, Any]) -> str | None:
@@ -225,11 +225,13 @@ def select_hooks(layers: str | int | list[int | str] | None, store: ActivationSt
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UsageError(f"--layers {text}: expected all, or numbers such as 6, 0,3 or 0-3")
+            raise catalogue.LAYER_NOT_THERE(f"--layers {text}: expected all, or numbers such as 6, 0,3 or 0-3")
         low, high = int(first), int(last or first)
         inside = {layer for layer in stored if layer is not None and low <= layer <= high}
         if len(inside) != high - low + 1:
             held = ", ".join(str(layer) for layer in stored if layer is not None) or "none that has a number"
-            raise UsageError(f"--layers {text}: {store.name} holds layers {held}; collect others with `nsae collect`")
+            raise catalogue.LAYER_NOT_THERE(
+                f"--layers {text}: {store.name} holds layers {held}; collect others with `nsae collect`"
+            )
         chosen |= {stored[layer]: None for layer in sorted(inside)}
     return list(chosen)

@@ -14,7 +14,7 @@ from nsae_cli.reporter import Reporter, Task
 from nsae_cli.store.batches import Batch, HookRows
 from nsae_cli.training.cell import Cell
 from nsae_cli.training.cell_pool import CellPool
-from nsae_cli.training.checkpoint import Checkpoint
+from nsae_cli.training.checkpoint import Checkpoint, CheckpointWriter
 from nsae_cli.training.l0_control import is_compared, rows_to_compare
 from nsae_cli.training.plan import TrainPlan
 from nsae_cli.training.probe import CellProbe
@@ -43,6 +43,7 @@ class StepLoop:
         self._plan, self._cells, self._streams, self._probes = plan, cells, streams, probes
         self._device, self._pool, self._reporter = device, pool, reporter
         self._clock = _CheckpointClock(checkpoint_every)
+        self._writer = CheckpointWriter(plan.checkpoints)
         self._logs: dict[str, MetricsLog] = {}
         #: For each cell the state of its stream before the step in hand: one that is stopped may have run ahead of it.
         self._stream_states: dict[str, dict[str, torch.Tensor]] = {}
@@ -67,17 +68,22 @@ class StepLoop:
     def run(self, first_step: int) -> None:
         """Takes the steps from `first_step` to the end and saves a checkpoint there: the evaluation may be stopped.
 
+        Checkpoints on the way are written beside training, from a copy of its state.
+
         Raises:
             Interrupted: a signal asked to stop; a checkpoint of the current step was written.
+            ResourceError: a checkpoint could not be written.
         """
         plan = self._plan
         batches = {key: stream.batches(first_step) for key, stream in self._streams.items()}
-        with self._reporter.task("training", (plan.steps - first_step) * plan.batch_size, "rows") as task:
+        rows = (plan.steps - first_step) * plan.batch_size
+        with self._writer, self._reporter.task("training", rows, "rows") as task:
             for step in range(first_step, plan.steps):
                 if (signum := interrupt.stop_requested()) is not None:
                     raise self._stopped(step, signum)
+                self._writer.raise_failure()
                 if step > first_step and self._clock.due(step):
-                    self._save(step)
+                    self._writer.save_later(step, *self._state(copy=True))
                 try:
                     compared = self._rows_to_compare(step)
                     taken = self._take(batches)
@@ -85,11 +91,11 @@ class StepLoop:
                     raise self._stopped(step, stopped.signum) from stopped
                 self._step(taken, compared, step, task)
                 task.advance(plan.batch_size)
-        self._save(plan.steps)
+            self._writer.save(plan.steps, *self._state(copy=False))
 
     def _stopped(self, step: int, signum: int) -> Interrupted:
         """Saves a checkpoint of `step`; returns what is to be raised."""
-        self._save(step)
+        self._writer.save(step, *self._state(copy=False))
         steps = f"stopped at step {step:,} of {self._plan.steps:,}"
         return Interrupted(signum, f"{steps}, checkpoint saved; run the same command to go on")
 
@@ -136,15 +142,21 @@ class StepLoop:
             label = "" if len(records) == 1 else f" of {next(iter(self._cells))}"
             task.advance(0, loss=f"{first['loss']:.4g}", l0=f"{first['l0_all'] or 0:.1f}{label}")
 
-    def _save(self, step: int) -> None:
-        self._plan.checkpoints.save(
-            step,
-            {
-                name: cell.state() | self._stream_states[name] | self._probes[name].state()
-                for name, cell in self._cells.items()
-            },
-            {name: log.content() for name, log in self._logs.items()},
-        )
+    def _state(self, *, copy: bool) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, bytes]]:
+        """By cell what a checkpoint holds, on the CPU, and its metrics.jsonl.
+
+        Args:
+            copy: in memory of its own; else the next step changes it.
+        """
+        states = {
+            name: cell.state() | self._stream_states[name] | self._probes[name].state()
+            for name, cell in self._cells.items()
+        }
+        on_cpu = {
+            cell: {name: tensor.to("cpu", copy=copy) for name, tensor in state.items()}
+            for cell, state in states.items()
+        }
+        return on_cpu, {name: log.content() for name, log in self._logs.items()}
 
 
 class _CheckpointClock:

@@ -59,7 +59,7 @@ class MemoryPlan:
         """Sizes and waves, for the line before the first step."""
         waves = self.waves(left)
         largest = max(sum(self.cell_bytes[cell] for cell in wave) for wave in waves)
-        text = f"{size(self.rows_bytes)} of mixed rows, {size(largest)} of weights, gradients and Adam"
+        text = f"{size(self.rows_bytes)} of mixed rows, {size(largest)} of weights, gradients, Adam and a checkpoint"
         if self.budget_bytes is None:
             return text
         text += f"; up to {size(self.budget_bytes)} may be used"
@@ -88,9 +88,13 @@ def plan_memory(
 
 
 def cell_bytes(config: CellConfig, d_in: int, kernel: Choice) -> int:
-    """Weights, Adam's two moments and gradients, 4 bytes a parameter each, and the encoder's bf16 copy."""
+    """Weights, Adam's two moments and gradients, 4 bytes a parameter each, and the encoder's bf16 copy.
+
+    On the CPU also the copy of weights and moments from which a checkpoint is written.
+    """
     weights = 2 * d_in * config.d_sae
-    return 16 * (weights + config.d_sae + d_in) + (weights if kernel.certified else 0)
+    per_parameter = 16 if kernel.device.type == "cuda" else 28
+    return per_parameter * (weights + config.d_sae + d_in) + (weights if kernel.certified else 0)
 
 
 def free_bytes(device: torch.device) -> int | None:

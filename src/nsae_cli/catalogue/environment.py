@@ -1,0 +1,118 @@
+"""Exit code 4: disk, permission, memory, device, network: what lies outside nsae and its artifacts."""
+
+from nsae_cli.errors import Entry, ResourceError
+
+# Disk and files ------------------------------------------------------------------------------------------------------
+
+DISK_FULL = Entry(
+    "disk-full",
+    ResourceError,
+    "The disk, or the user's share of it, filled up while something was written. What was complete before is kept; the "
+    "half-written file is removed.",
+    "Free space and run the same command again; it goes on where it stopped.",
+)
+DISK_TOO_SMALL = Entry(
+    "disk-too-small",
+    ResourceError,
+    "The store that was asked for does not fit on the disk; nsae reckons that before it loads the model.",
+    "Lower `--tokens`, store fewer `--layers`, or choose a `--workspace` on another disk.",
+)
+FILE_SIZE_LIMIT = Entry(
+    "file-size-limit",
+    ResourceError,
+    "A file would have become larger than the shell or the file system allows (`ulimit -f`).",
+    "Raise the limit and run the same command again.",
+)
+NO_PERMISSION = Entry(
+    "no-permission",
+    ResourceError,
+    "A file or folder may not be read or written by this user, or lies on a read-only file system.",
+    "Choose a writable folder with `--workspace`, or change the permissions.",
+)
+FOLDER_MISSING = Entry(
+    "folder-missing",
+    ResourceError,
+    "A file or folder does not exist, has vanished while the command ran, or a file stands where a folder is needed.",
+    "Check the path, and `--workspace`.",
+)
+WRITE_FAILED = Entry(
+    "write-failed",
+    ResourceError,
+    "The operating system reported an error while a file was written (an input/output error, a broken network disk).",
+    "Check the disk and run the same command again; nothing half-written stands under a final name.",
+)
+READ_FAILED = Entry(
+    "read-failed",
+    ResourceError,
+    "The operating system could not read a file that exists.",
+    "Check the path and its permissions, and the disk.",
+)
+STDOUT_FAILED = Entry(
+    "stdout-failed",
+    ResourceError,
+    "The result could not be printed, as where stdout is a file on a full disk. What the command made is complete.",
+    "Run the same command again with another place for its output; it answers from what is there.",
+)
+SYSTEM_ERROR = Entry(
+    "system-error",
+    ResourceError,
+    "Another complaint of the operating system, such as too many open files.",
+    "Check what the line names, and the limits of the shell (`ulimit -a`).",
+)
+
+# Memory and devices --------------------------------------------------------------------------------------------------
+
+OUT_OF_MEMORY = Entry(
+    "out-of-memory",
+    ResourceError,
+    "The memory of the machine or the GPU does not hold the model, a batch of contexts or the training step. nsae "
+    "never halves a batch by itself, since that would change the result; checkpoints are kept.",
+    "Lower the option that the line names and run again, or use a device with more memory.",
+)
+DEVICE_MISSING = Entry(
+    "device-missing",
+    ResourceError,
+    "`--device` names a device that torch does not find on this machine.",
+    "Use `--device cpu` or one that the line lists, or install a torch that knows the device.",
+)
+
+# Hub and models ------------------------------------------------------------------------------------------------------
+
+HUB_UNREACHABLE = Entry(
+    "hub-unreachable",
+    ResourceError,
+    "The Hugging Face hub does not answer (no network, `HF_HUB_OFFLINE=1`), and the local cache does not have the "
+    "files.",
+    "Connect and run again, or give a local folder; the models `mini` and `mini-sink` and the corpus `builtin` need no "
+    "network.",
+)
+HUB_NOT_FOUND = Entry(
+    "hub-not-found",
+    ResourceError,
+    "There is no local folder of that name, and the hub has no such repository, or it is private.",
+    "Check the spelling; for a private repository run `hf auth login` first.",
+)
+HUB_GATED = Entry(
+    "hub-gated",
+    ResourceError,
+    "The repository asks for an agreement or a login before it hands out files.",
+    "Agree on its page, then run `hf auth login`.",
+)
+HUB_REVISION = Entry(
+    "hub-revision",
+    ResourceError,
+    "The repository has no branch, tag or commit of that name.",
+    "Check `--revision`.",
+)
+DOWNLOAD_FAILED = Entry(
+    "download-failed",
+    ResourceError,
+    "The hub answered at first, and then a file could not be downloaded or opened.",
+    "Run the same command again; what was downloaded is kept.",
+)
+MODEL_FOLDER_MISSING = Entry(
+    "model-folder-missing",
+    ResourceError,
+    "The artifact was made with a model in a local folder. Artifacts hold no paths, so its place is not known.",
+    "Say where it is with `--model DIR`.",
+)
