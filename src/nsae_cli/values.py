@@ -90,7 +90,7 @@ def parse_layers(value: str | int | Sequence[int | str], held: Sequence[int], ow
         first, last = int(match[1]), int(match[2] or match[1])
         inside = [layer for layer in held if first <= layer <= last]
         if first > last:
-            problems.append(f"--layers {text}: {part} runs backwards")
+            problems.append(f"--layers {text}: {part} runs backwards; write the smaller layer first")
         elif len(inside) != last - first + 1:
             absent = last if last > max(held) else next(layer for layer in range(first, last + 1) if layer not in held)
             problems.append(f"layer {absent}: {owner} has {_ranges(held)}")

@@ -27,7 +27,12 @@ from nsae_cli.lm.hub import HubRepository
         ("saelens6-standard", "cfg.json", {"architecture": "transcoder"}, "architecture 'transcoder' is not one"),
         ("saelens6-standard", "cfg.json", {"activation_fn": "tanh-relu"}, "activation_fn is 'tanh-relu'"),
         ("saelens6-standard", "cfg.json", {"normalize_activations": "covariance_whitening"}, "covariance_whitening"),
-        ("saelens6-standard", "cfg.json", {"rescale_acts_by_decoder_norm": True}, "is for topk, not standard"),
+        (
+            "saelens6-standard",
+            "cfg.json",
+            {"rescale_acts_by_decoder_norm": True},
+            "is true with standard, expected only with topk",
+        ),
         ("saelens6-standard", "cfg.json", {"d_in": 9}, r"W_enc has shape \[8, 16\], expected \[9, 16\]"),
         ("saelens6-standard", "cfg.json", {"d_in": None}, "d_in is None"),
         ("saelens6-standard", "cfg.json", {"sae_lens_version": "new"}, "sae_lens_version is 'new'"),

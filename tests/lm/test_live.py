@@ -70,7 +70,7 @@ def run(sink_model: Path, texts: Path, workspace: Workspace, reporter: Recording
     def run(name: str | None = None, model: Path = sink_model, **options: Any) -> TrainResult:
         given = SMALL | HARVEST | {"from_model": str(model), "corpus": str(texts)} | options
         validated = validate_options(TrainCommandOptions, given)
-        return train(validated, choose_source(validated, None), workspace, name, reporter)
+        return train(validated, choose_source(validated, None, workspace), workspace, name, reporter)
 
     return run
 
@@ -80,7 +80,7 @@ def run_on_store(workspace: Workspace, reporter: RecordingReporter) -> Run:
     def run(name: str, store: str, **options: Any) -> TrainResult:
         validated = validate_options(TrainCommandOptions, SMALL | options)
         [artifact] = workspace.find(store_kind(), store)
-        return train(validated, choose_source(validated, artifact), workspace, name, reporter)
+        return train(validated, choose_source(validated, artifact, workspace), workspace, name, reporter)
 
     return run
 

@@ -18,7 +18,7 @@ from nsae_cli.analysis.audit_options import AuditOptions
 from nsae_cli.analysis.audit_setting import Setting
 from nsae_cli.analysis.audited_rows import AuditedRows, rows_of_store, rows_of_text
 from nsae_cli.analysis.behaviour import BehaviourStudy, Subject, batch_contexts
-from nsae_cli.analysis.checks import refuse_non_finite, say_what_is_missing
+from nsae_cli.analysis.checks import say_what_is_missing
 from nsae_cli.assets import embedded_note
 from nsae_cli.device import choose_device
 from nsae_cli.interop.foreign import ForeignSae
@@ -149,7 +149,6 @@ class Audit:
         """The rows to measure, and the model ready for splicing on them (a store: on its held-out contexts)."""
         run, hook, limit = self._found.run, self._setting.hook, self._options.row_limit
         if self._store is not None:
-            refuse_non_finite(self._store, hook)
             say_what_is_missing(self._store, self._reporter)
             rows = rows_of_store(self._store, hook, run, limit)
             return rows, self._study(rows.rules) if self._setting.text is not None else None

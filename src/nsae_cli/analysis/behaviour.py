@@ -198,7 +198,7 @@ class BehaviourStudy:
             if not bool(x_hat.isfinite().all()):
                 raise catalogue.RECONSTRUCTION_NOT_FINITE(
                     f"{subject.name}: its reconstruction of context {self._text.numbers[batch.first]} and following "
-                    f"holds NaN or infinity; the SAE is damaged or does not fit {self._hook}"
+                    f"holds NaN or infinity; give the model and hook that it belongs to"
                 )
             context_sums.update(
                 self.rows.contexts(block), spliced.x, x_hat, (acts > 0).sum(dim=1), spliced.taken.to(x_hat.device)

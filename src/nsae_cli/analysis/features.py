@@ -15,7 +15,6 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from nsae_cli import catalogue, interrupt
-from nsae_cli.analysis.checks import refuse_non_finite
 from nsae_cli.device import one_thread_if_small
 from nsae_cli.lm.token_text import TokenText
 from nsae_cli.lm.unembedding import Unembedding
@@ -81,7 +80,6 @@ def measure_features(
         NumericalError: a norm is not finite.
         Interrupted: a signal asked to stop.
     """
-    refuse_non_finite(store, saved.hook)
     contexts = Contexts(store)
     profile = profile_hook(store, saved.hook, contexts)
     rows = _Rows(store, saved.hook, profile, contexts, options.rows)

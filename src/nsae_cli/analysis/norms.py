@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from nsae_cli import interrupt
-from nsae_cli.analysis.checks import refuse_non_finite
 from nsae_cli.assets import embedded_note
 from nsae_cli.lm.token_text import TokenText
 from nsae_cli.metrics.groups import NON_SINKS
@@ -54,8 +53,6 @@ def measure_norms(store: ActivationStore, text: TokenText, probe: dict[str, Any]
     """
     manifest = store.manifest
     hooks = list(manifest.norm_hooks or manifest.hooks)
-    for hook in hooks:
-        refuse_non_finite(store, hook)
     contexts = Contexts(store)
     profiles = {hook: profile_hook(store, hook, contexts) for hook in hooks}
     edges = _histogram_edges(store, hooks)

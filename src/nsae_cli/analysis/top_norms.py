@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from nsae_cli import catalogue, interrupt
-from nsae_cli.analysis.checks import refuse_non_finite
 from nsae_cli.analysis.norms import count_tokens
 from nsae_cli.analysis.row_groups import GROUPS, KINDS, distribution, group_by_norm, kind_of
 from nsae_cli.assets import embedded_note
@@ -26,6 +25,7 @@ from nsae_cli.reporter import Reporter
 from nsae_cli.sae.objective import Objective
 from nsae_cli.store import commit
 from nsae_cli.store.contexts import Contexts
+from nsae_cli.store.finite import refuse_non_finite
 from nsae_cli.store.sae_folder import SavedSae
 from nsae_cli.store.shards import ActivationStore
 from nsae_cli.training.measure import evaluation_batch

@@ -116,3 +116,10 @@ MODEL_FOLDER_MISSING = Entry(
     "The artifact was made with a model in a local folder. Artifacts hold no paths, so its place is not known.",
     "Say where it is with `--model DIR`.",
 )
+CANNOT_WORK = Entry(
+    "cannot-work",
+    ResourceError,
+    "`nsae doctor` found something without which no command can do its work; its report, above the line, has all "
+    "findings.",
+    "Do what the line says, and ask `nsae doctor` again.",
+)

@@ -43,3 +43,9 @@ RECONSTRUCTION_NOT_FINITE = Entry(
     "these activations, or the model's dtype cannot hold what it gives.",
     "Check that SAE and model belong together; try `--model-dtype fp32`.",
 )
+ALL_ROWS_ZERO = Entry(
+    "all-rows-zero",
+    NumericalError,
+    "Every row of the activations is zero (or a sink), so that a typical norm is not defined.",
+    "Collect the activations again, and look at what was harvested: `nsae norms`.",
+)

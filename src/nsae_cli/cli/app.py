@@ -10,7 +10,7 @@ from typing import Annotated, TextIO
 
 import typer
 
-from nsae_cli import __version__, interrupt
+from nsae_cli import __version__, catalogue, interrupt
 from nsae_cli.cli import (
     alter,
     analyze,
@@ -18,6 +18,7 @@ from nsae_cli.cli import (
     bench,
     collect,
     compare,
+    doctor,
     eval_,
     failures,
     list_,
@@ -64,6 +65,7 @@ app.command("plot")(plot.command)
 app.command("report")(report.command)
 app.command("bench")(bench.command)
 app.command("list")(list_.command)
+app.command("doctor")(doctor.command)
 
 
 def _version(asked: bool) -> None:
@@ -98,12 +100,15 @@ def _before_the_command(
     chosen = Workspace.at(workspace, break_lock=break_lock)
     session: Session = context.obj
     session.begin(chosen, verbosity=int(verbose) - int(quiet), json=json)
+    if context.invoked_subcommand != "doctor":  # which reports it with everything else
+        session.check_workspace()
 
 
 def invoke(arguments: list[str]) -> int:
     """Runs one command and returns its exit code; every failure ends with one line on stderr."""
     session = Session()
     try:
+        _refuse_what_is_no_text(arguments)
         app(args=arguments, prog_name="nsae", standalone_mode=False, obj=session)
         sys.stdout.flush()
     except BaseException as error:
@@ -112,6 +117,16 @@ def invoke(arguments: list[str]) -> int:
         log = failures.save_traceback(error, session.workspace.root)
         return failures.report(error, debug="--debug" in arguments, log=log)
     return failures.EXIT_DONE
+
+
+def _refuse_what_is_no_text(arguments: list[str]) -> None:
+    """Artifacts record options and print paths as UTF-8, which cannot hold any byte or half a surrogate pair."""
+    for argument in arguments:
+        try:
+            argument.encode("utf-8")
+        except UnicodeEncodeError:
+            shown = argument.encode("utf-8", "backslashreplace").decode("utf-8")
+            raise catalogue.COMMAND_LINE(f"argument '{shown[:60]}' is not UTF-8 text; rename what it names") from None
 
 
 def main() -> None:

@@ -95,7 +95,10 @@ def _of_the_command_line(error: BaseException) -> errors.UsageError:
     return catalogue.COMMAND_LINE(f"{complaint}; see `{command} --help`")
 
 
-def _of_the_system(error: OSError) -> errors.ResourceError:
+def _of_the_system(error: OSError) -> errors.NsaeError:
+    if error.errno == errno.ENAMETOOLONG:
+        name = str(error.filename)[:60]
+        return catalogue.NAME_INVALID(f"a name is too long for the file system: {name}...; give a shorter one")
     where = f": {error.filename}" if error.filename else ""
     reason = error.strerror or error
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -14,6 +14,7 @@ from nsae_cli import catalogue
 from nsae_cli.cli.console import ConsoleReporter, print_json, print_result, print_text
 from nsae_cli.reporter import Reporter
 from nsae_cli.store.workspace import Artifact, Kind, Workspace
+from nsae_cli.store.writable import nearest_existing
 
 
 @dataclass
@@ -25,17 +26,19 @@ class Session:
     reporter: Reporter = field(default_factory=ConsoleReporter)
 
     def begin(self, workspace: Workspace, verbosity: int, json: bool) -> None:
-        """Takes over the options.
+        """Takes over the options."""
+        self.workspace, self.json, self.reporter = workspace, json, ConsoleReporter(verbosity)
+
+    def check_workspace(self) -> None:
+        """For commands that need the workspace.
 
         Raises:
             ResourceError: the workspace, or a folder above it, is a file.
         """
-        self.workspace, self.json, self.reporter = workspace, json, ConsoleReporter(verbosity)
-        root = workspace.root.absolute()
-        existing = next(folder for folder in (root, *root.parents) if folder.exists())
+        existing = nearest_existing(self.workspace.root)
         if not existing.is_dir():
             raise catalogue.FOLDER_MISSING(
-                f"workspace {workspace.root}: {existing} is a file, not a folder; choose --workspace"
+                f"workspace {self.workspace.root}: {existing} is a file, not a folder; choose --workspace"
             )
 
     def choose(self, kind: Kind, reference: str | None) -> list[Artifact]:

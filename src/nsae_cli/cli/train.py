@@ -208,7 +208,7 @@ def command(
             f"ACTIVATIONS {activations} and --from-model {options.from_model} both say where rows come from; give one"
         )
     store = None if options.from_model is not None else session.choose(Kind.ACTIVATIONS, activations)[0]
-    source = choose_source(options, store)
+    source = choose_source(options, store, session.workspace)
     result = train(options, source, session.workspace, name, session.reporter)
     session.say_where(result.artifacts, result.already_complete)
 

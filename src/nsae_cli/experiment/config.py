@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,7 +141,10 @@ class _Reader:
         known = ["name", *inputs, *(key for key in spec.options.model_fields if key != "name")]
         for key, line in body.key_lines.items():
             if key not in known:
-                self._problem(line, f"{command} has no option {key!r}{_nearest(key, known)}")
+                hint = _nearest(key, known)
+                if "did you mean" not in hint:
+                    hint = _described(key, spec) or f"; see `nsae {command} --help`"
+                self._problem(line, f"{command} has no option {key!r}{hint}")
 
     def _name(self, entry: _Entry, values: dict[str, Any]) -> str | None:
         name = values.get("name")
@@ -265,3 +269,13 @@ def _with_defaults(body: Located, defaults: Located | None) -> Located:
 def _nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
+
+
+def _described(key: str, spec: CommandSpec) -> str | None:
+    """The option whose description says what the key says in other words: ``learning_rate`` is lr's; None if no."""
+    words = key.lower().replace("-", "_").split("_")
+    for name, field_ in spec.options.model_fields.items():
+        known = re.findall(r"[a-z]{3,}", (field_.description or "").lower())
+        if all(len(word) > 2 and difflib.get_close_matches(word, known, n=1, cutoff=0.8) for word in words):
+            return f"; did you mean {name!r}?"
+    return None

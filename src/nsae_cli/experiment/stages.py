@@ -114,7 +114,7 @@ def _alter(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Repo
 
 def _train(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:
     store = None if stage.options.from_model else workspace.find(Kind.ACTIVATIONS, inputs[0])[0]
-    source = choose_source(stage.options, store)
+    source = choose_source(stage.options, store, workspace)
     result = train(stage.options, source, workspace, stage.name, reporter)
     return StageResult("train", result.artifacts, result.runs, [], result.already_complete)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from nsae_cli.lm.config import CollectConfig, HarvestOptions
+from nsae_cli.lm.corpus import refuse_output_in_corpus
 from nsae_cli.lm.live import LiveSource
 from nsae_cli.store.shards import open_activations
-from nsae_cli.store.workspace import Artifact
+from nsae_cli.store.workspace import Artifact, Workspace
 from nsae_cli.training.options import TrainOptions
 from nsae_cli.training.source import StoreSource, TrainingSource
 from nsae_cli.values import Size
@@ -38,18 +39,21 @@ class TrainCommandOptions(TrainOptions, HarvestOptions):
         )
 
 
-def choose_source(options: TrainCommandOptions, store: Artifact | None) -> TrainingSource:
+def choose_source(options: TrainCommandOptions, store: Artifact | None, workspace: Workspace) -> TrainingSource:
     """The model of ``--from-model``, else the store.
 
     Args:
         options: as given.
         store: the activations; None exactly where a model is given.
+        workspace: where the SAEs go.
 
     Raises:
-        UsageError: layers that are not there, or options that do not fit model or corpus.
+        UsageError: layers that are not there, options that do not fit model or corpus, a workspace in the corpus.
         ArtifactError: store or model is damaged.
         ResourceError: model, hub, corpus or device not available.
     """
     if store is None:
-        return LiveSource(options.collect_config(), options.buffer)
+        config = options.collect_config()
+        refuse_output_in_corpus(config.corpus_choice(embedded_model=False), workspace.root)
+        return LiveSource(config, options.buffer)
     return StoreSource(open_activations(store.path), options)

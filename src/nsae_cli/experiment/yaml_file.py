@@ -74,6 +74,9 @@ def read_yaml(path: Path, problems: list[Problem]) -> Located:
         mark = getattr(error, "problem_mark", None)
         line_text = f":{mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        if isinstance(error, yaml.reader.ReaderError):
+            line_text = f":{text[: error.position].count(chr(10)) + 1}"
+            reason = f"the character U+{ord(text[error.position]):04X}; remove it"
         if "'\\t'" in reason:
             reason = "a tab; indent with spaces"
         raise catalogue.CONFIG_UNREADABLE(

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from nsae_cli.kernels.processor import processor_name
+
 #: Density by kind of sparse step, at d_in 768, d_sae 6144, on a Zen 4 core. None for Triton's: it was timed on no
 #: GPU yet, and dense steps stand in until this machine's own cross-over is measured.
 DEFAULTS = {"native-certified": 0.2, "native-fp32": 0.2, "torch": 0.05}
@@ -43,15 +45,7 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else "none"
         return f"GPU {name}, torch {torch.__version__}"
-    return f"{platform.machine()} {_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{platform.machine()} {processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def cache_file() -> Path:

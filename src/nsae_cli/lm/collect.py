@@ -21,7 +21,7 @@ from nsae_cli import catalogue, interrupt
 from nsae_cli.device import choose_device, one_thread_if_small
 from nsae_cli.errors import Interrupted
 from nsae_cli.lm.config import CollectConfig, ResolvedConfig, resolve
-from nsae_cli.lm.corpus import Corpus, open_corpus
+from nsae_cli.lm.corpus import Corpus, open_corpus, refuse_output_in_corpus
 from nsae_cli.lm.harvest import HarvestedBatch, Harvester, HarvestSpec
 from nsae_cli.lm.layers import hook_name
 from nsae_cli.lm.loading import DTYPE_NAMES, DTypeName, ModelInfo, inspect_model, load_model
@@ -34,8 +34,10 @@ from nsae_cli.reporter import Reporter
 from nsae_cli.store.manifest import MANIFEST, Manifest, read_manifest
 from nsae_cli.store.shards import StoreWriter, describe_changes, has_leftovers, remove_leftovers
 from nsae_cli.store.workspace import Artifact, Kind, Workspace, config_hash, log_timing
+from nsae_cli.store.writable import require_writable
 
 _SAMPLE_DOCUMENTS = 256
+_SAMPLE_CHARACTERS = 2**17
 
 T = TypeVar("T")
 
@@ -69,7 +71,9 @@ def collect(config: CollectConfig, workspace: Workspace, reporter: Reporter) -> 
     with quiet_libraries():
         device, device_reason = choose_device(config.device)
         info = inspect_model(config.model, config.revision)
-        corpus = open_corpus(config.corpus_choice(info.embedded))
+        choice = config.corpus_choice(info.embedded)
+        refuse_output_in_corpus(choice, workspace.root)
+        corpus = open_corpus(choice)
         resolved = resolve(config, info, corpus, device)
         options = resolved.model_dump()
         base = info.name.rsplit("/", 1)[-1]
@@ -85,6 +89,7 @@ def collect(config: CollectConfig, workspace: Workspace, reporter: Reporter) -> 
             # Looked at again: another process may have completed it just now.
             if (found := _complete(artifact, options, reporter)) is not None:
                 return found
+            require_writable(artifact.path)
             tokenizer = load_tokenizer(info)
             plan = _plan(resolved, info, corpus, tokenizer)
             free = check_space(plan, artifact.path)
@@ -129,6 +134,7 @@ def _plan(resolved: ResolvedConfig, info: ModelInfo, corpus: Corpus, tokenizer: 
     sample = list(itertools.islice(documents, 1 if corpus.text_bytes is None else _SAMPLE_DOCUMENTS))
     if not any(text.strip() for text in itertools.chain(sample, documents)):
         raise catalogue.CORPUS_EMPTY(f"corpus {corpus.name} is empty: it holds no text; give another --corpus")
+    sample = [text[:_SAMPLE_CHARACTERS] for text in sample]
     token_ids = [ids for batch in tokenizer.encode_batches(sample) for ids in batch]
     sample_bytes = sum(len(text.encode("utf-8")) for text in sample)
     return make_plan(resolved, info, corpus.text_bytes, token_ids, sample_bytes)

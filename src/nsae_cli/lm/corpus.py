@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,7 @@ def _builtin(choice: CorpusChoice) -> Corpus:
 
 def _local(choice: CorpusChoice) -> Corpus:
     root = Path(choice.name)
-    files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.suffix in _READERS)
+    files = [root] if root.is_file() else sorted(_corpus_files(root))
     kinds = ", ".join(_READERS)
     if not files:
         raise catalogue.CORPUS_NOT_FOUND(f"--corpus {choice.name}: the folder holds no {kinds} file; check the path")
@@ -155,6 +156,27 @@ def _local(choice: CorpusChoice) -> Corpus:
     return Corpus(root.resolve().name, None, None, sha256, None, known_size, documents)
 
 
+def _corpus_files(root: Path) -> Iterator[Path]:
+    return (path for path in root.rglob("*") if path.suffix in _READERS and path.is_file())
+
+
+def refuse_output_in_corpus(choice: CorpusChoice, workspace: Path) -> None:
+    """What is written below a corpus's folder would be text of it when the same command is run again.
+
+    Raises:
+        UsageError: the workspace lies in the folder that ``--corpus`` names.
+    """
+    root = Path(choice.name)
+    if choice.name == BUILTIN or not root.is_dir():
+        return
+    root, place = root.resolve(), workspace.resolve()
+    if root == place or root in place.parents:
+        raise catalogue.OUTPUT_IS_INPUT(
+            f"--corpus {choice.name} holds the workspace {workspace}, whose files would become text; choose a "
+            f"--workspace outside of it"
+        )
+
+
 def _folder_sha256(root: Path, files: list[Path]) -> str:
     """SHA-256 over ``<hash>  <path in the folder>`` lines, as ``sha256sum`` prints them."""
     lines = (f"{file_sha256(path)}  {path.relative_to(root).as_posix()}\n" for path in files)
@@ -163,7 +185,7 @@ def _folder_sha256(root: Path, files: list[Path]) -> str:
 
 def _read_txt(path: Path, column: str) -> Iterator[str]:
     try:
-        yield path.read_bytes().decode("utf-8")
+        yield path.read_bytes().removeprefix(BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         raise catalogue.CORPUS_ENCODING(
             f"corpus {path.name} is not UTF-8 text (byte {error.start:,}); convert it to UTF-8"
@@ -177,7 +199,7 @@ def _read_jsonl(path: Path, column: str) -> Iterator[str]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.decode("utf-8"))
+                record = json.loads((line.removeprefix(BOM_UTF8) if number == 1 else line).decode("utf-8"))
             except UnicodeDecodeError as error:
                 raise catalogue.CORPUS_ENCODING(
                     f"corpus {place} is not UTF-8 text; convert the file to UTF-8"

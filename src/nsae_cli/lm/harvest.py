@@ -207,9 +207,11 @@ class Harvester:
         if not finite.all():
             # The shallowest layer first: that is where it began.
             column, row = (int(i) for i in (~finite).T.nonzero()[0])
+            more = int((~finite[:, column]).sum()) - 1
+            others = f" and in {more:,} more rows of its batch" if more else ""
             raise catalogue.MODEL_NOT_FINITE(
-                f"layer {self._spec.norm_layers[column]}: a residual that is not finite at {self._place(batch, row)}; "
-                f"try another --model-dtype, or check the model's weights"
+                f"layer {self._spec.norm_layers[column]}: a residual that is not finite at {self._place(batch, row)}"
+                f"{others}; try another --model-dtype, or check the model's weights"
             )
         overflowing = (largest > torch.finfo(self._spec.storage_dtype).max).nonzero()
         if len(overflowing):

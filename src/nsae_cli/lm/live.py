@@ -458,6 +458,16 @@ class _Group:
         self._enter(0, 0)
         return {hook: rows.to(torch.device("cpu")) for hook, rows in self._take_of(seed, slice(0, count)).items()}
 
+    def origin(self, index: int, seed: int) -> str:
+        """Where the row `index` of the batch taken last comes from."""
+        row = self.position[2] - self._batch_size + index
+        if row < 0:
+            return "a row of an earlier window"
+        window = self._window
+        assert window is not None
+        at = int(self._orders[seed][row])
+        return f"position {int(window.positions[at]):,} of context {int(window.contexts[at]):,}"
+
     def go_to(self, position: tuple[int, int, int]) -> None:
         """Begins there instead of at the beginning."""
         self.position = position
@@ -531,6 +541,10 @@ class LiveStream:
     def first_rows(self, count: int) -> Batch:
         """Up to `count` rows that a run begins with, at most one window."""
         return self._group.first_rows(count, self._seed)
+
+    def origin(self, step: int, index: int) -> str:
+        """``position 5 of context 812``: where a row of the latest batch comes from."""
+        return self._group.origin(index, self._seed)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Epoch, window, and rows of the window that are used up, int64 [3]."""

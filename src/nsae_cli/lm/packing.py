@@ -14,6 +14,9 @@ import numpy as np
 
 from nsae_cli.lm.tokenizing import TokenIds
 
+#: Tokens of one document that are cut into contexts at a time: cutting copies them, with the number of their document.
+_PART_TOKENS = 2**20
+
 
 @dataclass(frozen=True)
 class Context:
@@ -82,10 +85,12 @@ class Packer:
         separator = np.array([layout.separator], np.int32)
         tokens = documents = np.empty(0, np.int32)
         number, last_kept = 0, -1
-        for batch in batches:
-            stream = [part for ids in batch for part in (separator, ids)]
-            owners = [np.full(len(ids) + 1, number + i, np.int32) for i, ids in enumerate(batch)]
-            number += len(batch)
+        for part in _bounded(batches):
+            stream = [ids if goes_on else np.concatenate([separator, ids]) for ids, goes_on in part]
+            owners = []
+            for ids, (_, goes_on) in zip(stream, part, strict=True):
+                number += not goes_on
+                owners.append(np.full(len(ids), number - 1, np.int32))
             tokens, documents = np.concatenate([tokens, *stream]), np.concatenate([documents, *owners])
             start = 0
             while left > 0 and len(tokens) - start >= piece:
@@ -118,3 +123,14 @@ class Packer:
         if not self.layout.bos:
             return Context(tokens, documents)
         return Context(np.insert(tokens, 0, self.layout.separator), np.insert(documents, 0, documents[0]))
+
+
+def _bounded(batches: Iterable[list[TokenIds]]) -> Iterator[list[tuple[TokenIds, bool]]]:
+    """The documents of each batch, long ones in parts: token ids, and whether the document began before them."""
+    for batch in batches:
+        if len(batch) != 1 or len(batch[0]) <= _PART_TOKENS:
+            yield [(ids, False) for ids in batch]
+            continue
+        [ids] = batch
+        for start in range(0, len(ids), _PART_TOKENS):
+            yield [(ids[start : start + _PART_TOKENS], start > 0)]

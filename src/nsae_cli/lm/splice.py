@@ -118,7 +118,7 @@ def require_hook(hook: str, n_layers: int, model: str) -> tuple[int, Site]:
     layer, site = parsed
     if layer >= n_layers:
         raise catalogue.HOOK_MISMATCH(
-            f"hook {hook}: {model} has layers 0-{n_layers - 1}; the SAE belongs to another model"
+            f"hook {hook}: {model} has layers 0-{n_layers - 1}; the SAE belongs to another model, give that one"
         )
     return layer, site
 

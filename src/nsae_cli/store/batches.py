@@ -135,6 +135,22 @@ class BatchStream:
                 skip = 0
             epoch += 1
 
+    def origin(self, step: int, index: int) -> str:
+        """``row 37 of shard-00000.safetensors``: where the row `index` of the batch of `step` (0-based) comes from."""
+        epoch, number = divmod(step * self.batch_size + index, self.rows_per_epoch)
+        for window in self._windows(epoch):
+            order = self._order(epoch, window)
+            if number < len(order):
+                break
+            number -= len(order)
+        row = int(order[number])
+        for shard in window:
+            entry = self.store.manifest.shards[shard]
+            if row < entry.rows:
+                break
+            row -= entry.rows
+        return f"row {row:,} of {entry.file}"
+
     def first_rows(self, count: int) -> Batch:
         """The rows that `batches` begins with: `count` of them, but at most one epoch."""
         parts: dict[str, list[HookRows]] = {profile.hook: [] for profile in self.profiles}

@@ -27,6 +27,7 @@ from nsae_cli.metrics.sinks import (
     massive_rows,
 )
 from nsae_cli.store.contexts import Contexts
+from nsae_cli.store.finite import refuse_non_finite
 from nsae_cli.store.shards import ActivationStore
 
 
@@ -117,13 +118,10 @@ def profile_hook(store: ActivationStore, hook: str, contexts: Contexts) -> HookP
         hook: a stored hook, or one of `norm_hooks` (then sink rule 3, which needs vectors, is off).
 
     Raises:
-        ArtifactError: the store has no rows, or all of them are zero.
-        NumericalError: rows or norms are not finite.
+        ArtifactError: the store has no rows.
+        NumericalError: rows or norms are not finite, or all of them are zero.
     """
-    if damaged := sum(entry.nonfinite_rows or 0 for entry in store.manifest.shards):
-        raise catalogue.STORE_NOT_FINITE(
-            f"{store.name} has {damaged:,} rows that hold NaN or infinity; collect it again"
-        )
+    refuse_non_finite(store, hook)
     return profile_rows(_StoreRows(store, hook, contexts))
 
 
@@ -131,8 +129,8 @@ def profile_rows(rows: ProfiledRows) -> HookProfile:
     """Passes over rows, some times, and returns the profile of their hook.
 
     Raises:
-        ArtifactError: there are no rows, or all of them are zero.
-        NumericalError: norms are not finite.
+        ArtifactError: there are no rows.
+        NumericalError: norms are not finite, or all of them are zero.
     """
     blocks = range(len(rows))
     thresholds = _thresholds(rows)
@@ -158,7 +156,7 @@ def profile_rows(rows: ProfiledRows) -> HookProfile:
         profile.training_rows += int(training.sum())
         profile.training_sinks += int((training & flags.any).sum())
     if not log_rows:
-        raise catalogue.NOTHING_TO_MEASURE(
+        raise catalogue.ALL_ROWS_ZERO(
             f"{rows.name}: every row at {rows.hook} is zero or a sink; there is nothing to measure, collect it again"
         )
     profile.norm_scale = math.exp(log_sum / log_rows)

@@ -324,6 +324,7 @@ class ActivationStore:
 
         Raises:
             ArtifactError: missing tensor, wrong shape or dtype, wrong hash, unreadable file.
+            NumericalError: vectors of a store from elsewhere that are not finite.
         """
         entry = self.manifest.shards[shard]
         with self._open(shard) as file:
@@ -337,6 +338,8 @@ class ActivationStore:
             tensors = {name: file.get_tensor(name) for name in names}
         for name, tensor in tensors.items():
             self._check(entry, name, tensor)
+            if (shard, name) not in self._checked:
+                self._refuse_non_finite(entry, name, tensor)
             self._checked.add((shard, name))
         return tensors
 
@@ -385,6 +388,16 @@ class ActivationStore:
                     f"the shard is damaged, delete the folder {self.name} and run `nsae collect` again"
                 )
             self._verified.remember(self.path / entry.file, name)
+
+    def _refuse_non_finite(self, entry: ShardEntry, name: str, tensor: torch.Tensor) -> None:
+        """Looks at the vectors of a shard that nobody has vouched for, whatever norms are stored beside them."""
+        if entry.nonfinite_rows is not None or name not in self.manifest.hooks or bool(torch.isfinite(tensor).all()):
+            return
+        bad = (~torch.isfinite(tensor)).any(dim=1).nonzero().squeeze(1)
+        raise catalogue.STORE_NOT_FINITE(
+            f"{self.name}: {len(bad):,} rows at {name} are not finite, the first is row {int(bad[0]):,} of "
+            f"{entry.file}; collect again with --dtype fp32, or leave such rows out of the store"
+        )
 
     def norms(self, shard: int, hook: str) -> torch.Tensor:
         """‖x‖₂ of the raw rows at `hook`, float32 [rows]: the stored ones, or computed where a store has none."""

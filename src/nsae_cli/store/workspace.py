@@ -119,6 +119,8 @@ class Workspace:
             UsageError: there is nothing of that name.
             ArtifactError: it exists but is not complete.
         """
+        if not reference.strip():
+            raise catalogue.NAME_INVALID(f"the name of {kind.folder} is empty; give a name or a path, or leave it out")
         for folder in (self.folder(kind, reference), Path(reference)):
             if not folder.is_dir():
                 continue

@@ -119,7 +119,8 @@ class Cell:
             step: 0-based number of this step.
 
         Raises:
-            NumericalError: loss or gradient is not finite; the weights are still those before the step.
+            NumericalError: loss or gradient is not finite; the weights are still those before the step. The message
+                lacks the reason, which `non_finite.explain` adds.
         """
         config, control = self.config, self.control
         alpha = config.alpha if control is None else control.alpha
@@ -212,7 +213,24 @@ class Cell:
         if not bool(torch.isfinite(total)):
             raise catalogue.LOSS_NOT_FINITE(
                 f"loss or gradient is not finite at step {step + 1} of {self.config.hook} ({self.config.act}, "
-                f"{self.config.l2_norm}); the last checkpoint is kept, try a lower --lr or --clip 1"
+                f"{self.config.l2_norm})"
+            )
+
+    def refuse_non_finite_state(self, steps: int) -> None:
+        """Looks at weights and moments, which a step whose gradient was finite can have made infinite.
+
+        Args:
+            steps: how many were taken.
+
+        Raises:
+            NumericalError: a value is not finite.
+        """
+        state = {**self.weights.named(), **self._updater.adam.state()}
+        bad = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
+        if bad:
+            raise catalogue.LOSS_NOT_FINITE(
+                f"{bad[0]} of {self.config.hook} ({self.config.act}, {self.config.l2_norm}) is not finite after step "
+                f"{steps}; lower --lr or give --clip 1"
             )
 
     @property

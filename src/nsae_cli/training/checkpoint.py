@@ -74,7 +74,7 @@ class Checkpoints:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        for old in self._steps()[:-KEEP]:
+        for old in self.steps()[:-KEEP]:
             commit.remove_folder(self.folder / f"step-{old}")
 
     @staticmethod
@@ -90,7 +90,7 @@ class Checkpoints:
         """The newest checkpoint that is intact; damaged ones are removed, and a warning says so."""
         damaged: list[str] = []
         found: Checkpoint | None = None
-        for step in reversed(self._steps()):
+        for step in reversed(self.steps()):
             try:
                 found = self._read(step)
                 break
@@ -102,7 +102,8 @@ class Checkpoints:
             reporter.warn(f"damaged checkpoint {', '.join(damaged)}: {instead}")
         return found
 
-    def _steps(self) -> list[int]:
+    def steps(self) -> list[int]:
+        """The steps of which there is a checkpoint, rising."""
         names = [path.name.removeprefix("step-") for path in self.folder.glob("step-*") if path.is_dir()]
         return sorted(int(name) for name in names if name.isdigit())
 
@@ -130,7 +131,7 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Removes the checkpoints of a wave of cells that is finished; the run goes on."""
-        for step in self._steps():
+        for step in self.steps():
             commit.remove_folder(self.folder / f"step-{step}")
 
     def remove(self) -> None:

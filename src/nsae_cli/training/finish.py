@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-import torch
-
-import nsae_cli
 from nsae_cli import interrupt
 from nsae_cli.assets import embedded_note
 from nsae_cli.errors import Interrupted
@@ -18,6 +14,7 @@ from nsae_cli.store.profile import HookProfile
 from nsae_cli.store.provenance import Provenance
 from nsae_cli.store.sae_folder import FORMAT_VERSION, write_run, write_sae
 from nsae_cli.training.cell import Cell
+from nsae_cli.training.environment import versions
 from nsae_cli.training.evaluate import evaluate
 from nsae_cli.training.l0_control import TOLERANCE
 from nsae_cli.training.plan import TrainPlan
@@ -157,7 +154,7 @@ def _describe(plan: TrainPlan, cell: Cell, profile: HookProfile) -> dict[str, An
         "format_version": FORMAT_VERSION,
         "config": config.model_dump(),
         "inputs": plan.source.inputs,
-        "versions": {"nsae": nsae_cli.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
         **plan.source.run_details,
         "model": provenance.model,
         "embedded_note": embedded_note(provenance.model),

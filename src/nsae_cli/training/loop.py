@@ -24,9 +24,10 @@ from nsae_cli.store.sae_folder import FORMAT_VERSION
 from nsae_cli.store.workspace import Artifact, Workspace, log_timing
 from nsae_cli.training.cell_pool import CellPool
 from nsae_cli.training.checkpoint import Checkpoint
+from nsae_cli.training.environment import changes_of_environment, environment
 from nsae_cli.training.finish import finish_cell
 from nsae_cli.training.options import TrainOptions
-from nsae_cli.training.plan import GROUP, TrainPlan, find_finished, make_plan
+from nsae_cli.training.plan import ENVIRONMENT, GROUP, TrainPlan, find_finished, make_plan
 from nsae_cli.training.probe import make_probes
 from nsae_cli.training.setup import HeldOutSample, hooks_by_stream, make_cells, make_streams, profile_hooks
 from nsae_cli.training.source import TrainingSource
@@ -139,7 +140,7 @@ class _Run:
     def complete(self, finished: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         """Trains and saves the cells that are not finished; run.json of all of them, in the plan's order."""
         plan, runs = self._plan, dict(finished)
-        plan.checkpoints.begin(plan.identity())
+        self._begin()
         for folder in (plan.folder, *(plan.cell_folder(cell) for cell in plan.configs)):
             commit.make_folder(folder)
             commit.remove_leftovers(folder)
@@ -155,6 +156,15 @@ class _Run:
             plan.checkpoints.clear()
         plan.checkpoints.remove()
         return [runs[cell] for cell in plan.configs]
+
+    def _begin(self) -> None:
+        """Records what the run trains and where; says if what is there was begun elsewhere."""
+        checkpoints, now = self._plan.checkpoints, environment(self._kernel.device)
+        if checkpoints.steps():
+            changes = changes_of_environment((checkpoints.configs() or {}).get(ENVIRONMENT), now)
+            if changes is not None:
+                self._reporter.warn(f"resume is not bit-exact: {changes}")
+        checkpoints.begin({**self._plan.identity(), ENVIRONMENT: now})
 
     def _train_wave(
         self, checkpoint: Checkpoint | None, left: list[str], runs: dict[str, dict[str, Any]]

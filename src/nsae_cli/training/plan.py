@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pydantic import ValidationError
+
 from nsae_cli import catalogue
 from nsae_cli.store import commit
 from nsae_cli.store.sae_folder import RUN
@@ -20,6 +22,8 @@ from nsae_cli.training.options import CellConfig, TrainOptions, expand_cells, la
 from nsae_cli.training.source import TrainingSource
 
 GROUP = "group.json"
+#: Key of begun.json: where the run was begun. No part of what it is.
+ENVIRONMENT = "environment"
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ def find_finished(plan: TrainPlan) -> dict[str, dict[str, Any]]:
     identity = plan.identity()
     for earlier in (plan.checkpoints.configs(), _read_group(plan.folder)):
         if earlier is not None and not _same(earlier, identity):
-            _refuse(plan, _inputs(earlier), earlier.get("cells"))
+            _refuse(plan, _inputs(earlier), _with_later_options(earlier.get("cells")))
     found = {mark.parent: commit.read_json(mark) for mark in (*plan.folder.glob(RUN), *plan.folder.glob(f"*/{RUN}"))}
     for folder, run in found.items():
         if not isinstance(run, dict) or not isinstance(run.get("config"), dict):
@@ -134,8 +138,8 @@ def find_finished(plan: TrainPlan) -> dict[str, dict[str, Any]]:
     for folder, run in found.items():
         inputs = run.get("inputs") or {}
         cell = ours.get(folder)
-        if cell is None or inputs != plan.source.inputs or run["config"] != identity["cells"][cell]:
-            _refuse(plan, inputs, {path.name: other["config"] for path, other in found.items()})
+        if cell is None or inputs != plan.source.inputs or _full(run["config"]) != identity["cells"][cell]:
+            _refuse(plan, inputs, {path.name: _full(other["config"]) for path, other in found.items()})
     return {cell: found[folder] for folder, cell in ours.items() if folder in found}
 
 
@@ -146,12 +150,26 @@ def _read_group(folder: Path) -> dict[str, Any] | None:
 
 
 def _same(earlier: dict[str, Any], identity: dict[str, Any]) -> bool:
-    return all(earlier.get(key) == value for key, value in identity.items())
+    known = earlier | {"cells": _with_later_options(earlier.get("cells"))}
+    return all(known.get(key) == value for key, value in identity.items())
+
+
+def _with_later_options(cells: Any) -> Any:
+    return {name: _full(config) for name, config in cells.items()} if isinstance(cells, dict) else cells
+
+
+def _full(config: Any) -> Any:
+    """A recorded configuration with the defaults of options that nsae has got since; what is none, as it is."""
+    try:
+        return CellConfig.model_validate(config).model_dump()
+    except ValidationError:
+        return config
 
 
 def _inputs(earlier: dict[str, Any]) -> dict[str, Any]:
     """The inputs in an identity, or in a group.json."""
-    return {key: value for key, value in earlier.items() if key not in ("cells", "format_version", CHECKSUM)}
+    others = ("cells", "format_version", CHECKSUM, ENVIRONMENT)
+    return {key: value for key, value in earlier.items() if key not in others}
 
 
 def _refuse(plan: TrainPlan, inputs: dict[str, Any], cells: Any) -> NoReturn:
@@ -162,7 +180,11 @@ def _refuse(plan: TrainPlan, inputs: dict[str, Any], cells: Any) -> NoReturn:
         raise catalogue.NAME_TAKEN(f"--name {plan.name} belongs to {how}; choose another --name")
     old_cells = list(cells.values()) if isinstance(cells, dict) else []
     changes = describe_changes(_spanned(old_cells), _spanned(plan.identity()["cells"].values()))
-    raise catalogue.OPTIONS_CHANGED(f"--name {plan.name} exists with other options ({changes}); choose another --name")
+    finished = next(plan.folder.glob(f"**/{RUN}"), None)
+    anew = "" if finished else f", or delete {plan.folder} to begin again"
+    raise catalogue.OPTIONS_CHANGED(
+        f"--name {plan.name} exists with other options ({changes}); choose another --name{anew}"
+    )
 
 
 def _spanned(cells: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -44,6 +44,8 @@ def profile_hooks(plan: TrainPlan, reporter: Reporter) -> dict[str, HookProfile]
             f"{hook}: {plan.source.profiled_rows:,} rows, {profile.training_rows:,} to train on, "
             f"{profile.sink_counts.to_json()['total']:,} sinks, typical norm {profile.norm_scale:.4g}"
         )
+        if profile.zero_rows:
+            reporter.warn(f"{hook}: {profile.zero_rows:,} rows are zero; they weigh nothing in the loss and in metrics")
     return profiles
 
 

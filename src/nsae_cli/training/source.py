@@ -39,6 +39,9 @@ class TrainingStream(Protocol):
     def first_rows(self, count: int) -> Batch:
         """Up to `count` of the rows that a run begins with, on the CPU."""
 
+    def origin(self, step: int, index: int) -> str:
+        """Where a row of the batch of `step`, the one taken last, comes from, for messages."""
+
     def state(self) -> dict[str, torch.Tensor]:
         """What the next batch depends on beside its step; empty where that is nothing."""
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from nsae_cli import interrupt
-from nsae_cli.errors import Interrupted
+from nsae_cli.errors import Interrupted, NumericalError
 from nsae_cli.reporter import Reporter, Task
 from nsae_cli.store.batches import Batch, HookRows
 from nsae_cli.training.cell import Cell
 from nsae_cli.training.cell_pool import CellPool
 from nsae_cli.training.checkpoint import Checkpoint, CheckpointWriter
 from nsae_cli.training.l0_control import is_compared, rows_to_compare
+from nsae_cli.training.non_finite import explain
 from nsae_cli.training.plan import TrainPlan
 from nsae_cli.training.probe import CellProbe
 from nsae_cli.training.records import MetricsLog, step_record
@@ -73,6 +75,7 @@ class StepLoop:
         Raises:
             Interrupted: a signal asked to stop; a checkpoint of the current step was written.
             ResourceError: a checkpoint could not be written.
+            NumericalError: something is not finite, with the step and the rows; the checkpoints before stay.
         """
         plan = self._plan
         batches = {key: stream.batches(first_step) for key, stream in self._streams.items()}
@@ -83,7 +86,7 @@ class StepLoop:
                     raise self._stopped(step, signum)
                 self._writer.raise_failure()
                 if step > first_step and self._clock.due(step):
-                    self._writer.save_later(step, *self._state(copy=True))
+                    self._writer.save_later(step, *self._state(step, copy=True))
                 try:
                     compared = self._rows_to_compare(step)
                     taken = self._take(batches)
@@ -91,11 +94,11 @@ class StepLoop:
                     raise self._stopped(step, stopped.signum) from stopped
                 self._step(taken, compared, step, task)
                 task.advance(plan.batch_size)
-            self._writer.save(plan.steps, *self._state(copy=False))
+            self._writer.save(plan.steps, *self._state(plan.steps, copy=False))
 
     def _stopped(self, step: int, signum: int) -> Interrupted:
         """Saves a checkpoint of `step`; returns what is to be raised."""
-        self._writer.save(step, *self._state(copy=False))
+        self._writer.save(step, *self._state(step, copy=False))
         steps = f"stopped at step {step:,} of {self._plan.steps:,}"
         return Interrupted(signum, f"{steps}, checkpoint saved; run the same command to go on")
 
@@ -128,7 +131,13 @@ class StepLoop:
             if cell.config.hook in compared:
                 cell.look_at_held_out(compared[cell.config.hook])
             probe = self._probes[name].measure(cell, step)
-            log = cell.train_step(rows, step)
+            try:
+                log = cell.train_step(rows, step)
+            except NumericalError as error:
+                stream = self._streams[stream_key(cell.config)]
+                self._writer.wait()
+                explain(error, name, rows, step, partial(stream.origin, step), self._plan.checkpoints.steps())
+                raise
             if not is_logged(step, cell.config.steps, cell.config.probe_every):
                 return None
             record = step_record(cell, rows, log, step) | {"probe": probe}
@@ -142,12 +151,18 @@ class StepLoop:
             label = "" if len(records) == 1 else f" of {next(iter(self._cells))}"
             task.advance(0, loss=f"{first['loss']:.4g}", l0=f"{first['l0_all'] or 0:.1f}{label}")
 
-    def _state(self, *, copy: bool) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, bytes]]:
+    def _state(self, step: int, *, copy: bool) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, bytes]]:
         """By cell what a checkpoint holds, on the CPU, and its metrics.jsonl.
 
         Args:
+            step: steps done.
             copy: in memory of its own; else the next step changes it.
+
+        Raises:
+            NumericalError: weights or moments are not finite.
         """
+        for cell in self._cells.values():
+            cell.refuse_non_finite_state(step)
         states = {
             name: cell.state() | self._stream_states[name] | self._probes[name].state()
             for name, cell in self._cells.items()

@@ -66,16 +66,33 @@ def load(isa: str | None = None) -> NativeLibrary | None:
     Args:
         isa: one of ``base``, ``avx2``, ``avx512``; None takes the best that this processor has.
     """
-    for path in sorted(Path(__file__).parent.glob("_sparse_step*")):
-        if path.suffix not in (".so", ".pyd", ".dylib"):
-            continue
+    for path in library_files():
         try:
-            library = ctypes.CDLL(str(path))
-            if library.nsae_abi() != _ABI:
-                continue
-            best = _ISAS[library.nsae_best_isa()]
-        except (OSError, AttributeError):
-            continue  # of another platform, or no library of ours
+            library, best = open_library(path)
+        except OSError:
+            continue  # of another platform or version, or no library of ours
         if isa is None or _ISAS.index(isa) <= _ISAS.index(best):
             return NativeLibrary(library, isa or best)
     return None
+
+
+def library_files() -> list[Path]:
+    """Files that may hold the compiled loops."""
+    found = sorted(Path(__file__).parent.glob("_sparse_step*"))
+    return [path for path in found if path.suffix in (".so", ".pyd", ".dylib")]
+
+
+def open_library(path: Path) -> tuple[ctypes.CDLL, str]:
+    """A library of `library_files` and the best instruction set that it has for this processor.
+
+    Raises:
+        OSError: of another platform or version, damaged, or no library of nsae's.
+    """
+    try:
+        library = ctypes.CDLL(str(path))
+        abi = int(library.nsae_abi())
+        if abi != _ABI:
+            raise OSError(f"its interface is {abi}, this nsae needs {_ABI}")
+        return library, _ISAS[library.nsae_best_isa()]
+    except AttributeError as error:
+        raise OSError("it is no library of nsae's") from error
