@@ -6,9 +6,10 @@ import hashlib
 import json
 from pathlib import Path
 
-from command import contents
 from forked import Ended, Server, Trial
 from stages import CHECKPOINT_EVERY, Prepared
+
+from command import contents
 
 #: Files that grow while a command works; whole only when their artifact is.
 _GROWING = ("progress.jsonl", "metrics.jsonl")
@@ -91,11 +92,15 @@ def work_done_twice(prepared: Prepared, runs: list[Ended]) -> int:
 
 
 def too_much_lost(prepared: Prepared, runs: list[Ended]) -> tuple[int, list[str]]:
-    """Work done twice, and whether that is more than one shard or one checkpoint interval."""
+    """Work done twice, and whether that is more than one shard or one checkpoint interval.
+
+    Steps go on while a checkpoint is being written, so that of the interval before it as much may be lost as was taken
+    meanwhile; the next checkpoint waits for it, so it is never more than two.
+    """
     if prepared.stage.resumes is None:
         return 0, []
     lost = work_done_twice(prepared, runs)
-    most = 1 if prepared.stage.resumes == "shard" else CHECKPOINT_EVERY
+    most = 1 if prepared.stage.resumes == "shard" else 2 * CHECKPOINT_EVERY
     return lost, [] if lost <= most else [f"{lost} {prepared.stage.resumes}s were done twice, {most} at most"]
 
 

@@ -7,12 +7,14 @@ writes by itself (which `commit` announces). So an operation counts whether or n
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,22 @@ class Log:
     def write(self, *fields: object) -> None:
         """Appends a line: the time, then the fields, separated by tabs."""
         line = "\t".join([f"{time.monotonic():.6f}", *(str(field) for field in fields)])
-        os.write(self._descriptor, line.encode() + b"\n")
+        with _no_file_size_limit():
+            os.write(self._descriptor, line.encode() + b"\n")
+
+
+@contextlib.contextmanager
+def _no_file_size_limit() -> Iterator[None]:
+    """The log of events is no file of the command's: a trial's limit does not hold for it."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit[0] == resource.RLIM_INFINITY:
+        yield
+        return
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit[1], limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 class DurableOperations:
@@ -75,7 +92,7 @@ class DurableOperations:
             os.fdatasync = self._counted_fsync
 
         def written_by_safetensors(operation: str, path: Path) -> None:
-            if operation == "write" and path.suffix != ".json":
+            if operation == "write" and ".safetensors." in path.name:
                 self._happens("write", str(path))
 
         commit.fault_hook = written_by_safetensors
@@ -156,9 +173,19 @@ def make_fault(wanted: dict[str, Any], log: Log) -> Callable[[int, str, str], No
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(60)
+        if how == "fill":
+            _fill(Path(wanted["filler"]), wanted["leave"])
+            return
         raise OSError(int(how), os.strerror(int(how)), path)
 
     return fault
+
+
+def _fill(filler: Path, leave: int) -> None:
+    """Takes the file system's room, all but about `leave` bytes."""
+    free = os.statvfs(filler.parent).f_bavail * os.statvfs(filler.parent).f_frsize
+    with contextlib.suppress(OSError):
+        filler.write_bytes(bytes(max(0, free - leave)))
 
 
 def _owner(module: str, name: str) -> tuple[Any, str]:
@@ -265,10 +292,8 @@ def run_trial(trial: dict[str, Any]) -> int:
     if trial.get("clock") == "backwards":
         turn_clock_back()
     if trial.get("file_size"):
-        import resource
-
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (trial["file_size"], trial["file_size"]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (trial["file_size"], resource.RLIM_INFINITY))
     workspace = Path(trial["workspace"])
     if trial.get("count_operations", True):
         fault = make_fault(trial["fault"], log) if trial.get("fault") else None

@@ -186,6 +186,6 @@ def _ended(answer: dict[str, Any], scratch: Path) -> Ended:
     )
 
 
-def fresh(folder: Path, counter: itertools.count[int] = itertools.count()) -> Path:  # noqa: B008 - one per process
+def fresh(folder: Path, counter: itertools.count[int] = itertools.count()) -> Path:
     """A path in `folder` that nothing has been written to."""
     return folder / f"w{next(counter)}"

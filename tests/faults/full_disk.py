@@ -11,12 +11,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import checks
-from forked import Server
+from forked import Ended, Server, fresh
 from stages import Prepared
 from tally import Tally
 
 #: What the last line must say, by the system's number of the error.
-_SAYS = {errno.ENOSPC: ("disk full", "no space left"), errno.EIO: ("nput/output error",), errno.EFBIG: ("file size limit",)}
+_SAYS = {
+    errno.ENOSPC: ("disk full", "no space left"),
+    errno.EIO: ("nput/output error",),
+    errno.EFBIG: ("file size limit",),
+}
 
 
 def fail_at_every_operation(
@@ -74,7 +78,10 @@ def small_file_system(folder: Path, size: int) -> Iterator[Path]:
     """
     folder.mkdir(parents=True)
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if mounted.returncode:
         raise PermissionError(mounted.stderr.strip())
@@ -85,41 +92,48 @@ def small_file_system(folder: Path, size: int) -> Iterator[Path]:
 
 
 def fill_small_file_systems(server: Server, prepared: Prepared, folder: Path, sizes: int) -> Tally:
-    """The workspace on file systems that become full at `sizes` points of the command; then they grow.
+    """The workspace on a file system of its own that becomes full, at `sizes` points of the command; then it grows.
 
-    Where mounting is not allowed, operations fail instead: counted as such.
+    Half of the file systems are too small from the start; on the others somebody else takes the room, all but a few
+    pages, at an operation of the command. Where mounting is not allowed, operations fail instead: counted as such.
     """
     tally = Tally("file system full", prepared.stage.name)
+    operations = len(prepared.undisturbed.operations)
     before = sum(path.stat().st_size for path in prepared.start.rglob("*") if path.is_file())
     after = sum(len(content) for content in prepared.whole.values())
     for number in range(sizes):
-        workspace = folder / f"mount{number}"
-        room = before + 16384 + (after - before) * (number + 1) // (sizes + 1)
+        mount = fresh(folder)
+        small, at = number % 2 == 0, 1 + operations * number // sizes
+        room = before + 65536 + (after - before) * (number + 1) // (sizes + 1) if small else 2**26
+        fault = {"at": at, "how": "fill", "filler": str(mount / "filler"), "leave": 4096 * (number % 7)}
         try:
-            with small_file_system(workspace, room) as mounted:
-                shutil.copytree(prepared.start, mounted, dirs_exist_ok=True)
-                failed = server.run(prepared.trial(mounted))
+            with small_file_system(mount, room) as mounted:
+                workspace = mounted / "w"
+                shutil.copytree(prepared.start, workspace)
+                failed = server.run(prepared.trial(workspace, **({} if small else {"fault": fault})))
                 tally.counts["on a mounted file system"] += 1
-                problems = []
-                if failed.code == 0:
-                    tally.counts["fitted"] += 1
-                else:
-                    problems += checks.failed_in_one_line(failed, 4)
-                    if "disk full" not in failed.last_line and "no space left" not in failed.last_line:
-                        # Too small from the start is found out before anything is written.
-                        tally.counts["refused before work"] += "are free in" in failed.last_line
-                        if "are free in" not in failed.last_line:
-                            problems.append(f"it does not say what is wrong: {failed.last_line}")
-                problems += checks.half_files(prepared, mounted)
+                problems = _says_that_it_is_full(failed, tally) + checks.half_files(prepared, workspace)
+                (mounted / "filler").unlink(missing_ok=True)
                 subprocess.run(["mount", "-o", "remount,size=64m", str(mounted)], check=True)
-                problems += checks.run_again(server, prepared, mounted)[1]
+                problems += checks.run_again(server, prepared, workspace)[1]
         except PermissionError:
-            points = [1 + len(prepared.undisturbed.operations) * number // sizes]
-            instead = fail_at_every_operation(server, prepared, folder, points=points)
-            tally.counts["mounting not allowed: failed operations instead"] += 1
+            instead = fail_at_every_operation(server, prepared, folder, points=[at])
+            tally.counts["mounting not allowed: operations failed instead"] += 1
             problems = instead.problems
-        tally.add(f"{room} bytes", problems)
+        tally.add(f"{room} bytes" if small else f"full from operation {at} on", problems)
     return tally
+
+
+def _says_that_it_is_full(failed: Ended, tally: Tally) -> list[str]:
+    if failed.code == 0:
+        tally.counts["fitted"] += 1
+        return []
+    problems = checks.failed_in_one_line(failed, 4)
+    if "are free in" in failed.last_line:  # too small from the start: found out before anything is written
+        tally.counts["refused before work"] += 1
+    elif not any(words in failed.last_line for words in _SAYS[errno.ENOSPC]):
+        problems.append(f"it does not say what is wrong: {failed.last_line}")
+    return problems
 
 
 def limit_file_size(server: Server, prepared: Prepared, folder: Path, sizes: Iterable[int]) -> Tally:

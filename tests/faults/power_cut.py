@@ -203,6 +203,8 @@ def order_of_operations(prepared: Prepared) -> Tally:
         if operation.kind != "rename":
             continue
         source, target = operation.paths
+        if os.path.basename(target).startswith("."):
+            continue  # what is to be removed loses its name first
         before, after = operations[:number], operations[number + 1 :]
         problems = []
         content = [o.kind for o in before if o.paths[-1] == source]
@@ -263,5 +265,3 @@ def turn_clock_back(server: Server, prepared: Prepared, folder: Path, points: It
         tally.add(f"operation {k}", problems)
         shutil.rmtree(workspace)
     return tally
-
-

@@ -40,7 +40,7 @@ def _told_who(loser: Ended) -> list[str]:
     problems = checks.failed_in_one_line(loser, 6)
     if loser.seconds > LONGEST:
         problems.append(f"the loser took {loser.seconds:.1f} s")
-    if os.uname().nodename not in loser.last_line or "pid" not in loser.last_line or "since" not in loser.last_line:
+    if os.uname().nodename not in loser.last_line or "process" not in loser.last_line or "since" not in loser.last_line:
         problems.append(f"host, process or its start is not named: {loser.last_line}")
     return problems
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from command import contents
 from forked import Ended, Server, Trial, fresh
 from tiny_gpt2 import build_model, build_tokenizer
+
+from command import contents
 
 #: Rows of a shard: two batches of four contexts of 16 tokens.
 SHARD_ROWS = 128
@@ -86,6 +87,13 @@ _STAGES = [
 ]  # fmt: skip
 STAGES = {stage.name: stage for stage in _STAGES}
 
+_OTHER_STATES = [
+    Stage(f"train {act}", (*_TRAIN, "--layers", "2", "--act", act, *options, "--name", act), ("collect",), "step")
+    for act, options in {"batchtopk": ("--k", "4"), "jumprelu": ("--target-l0", "5")}.items()
+]
+#: All that train, and two more whose checkpoints hold what those of the others do not.
+TRAINED = {stage.name: stage for stage in (*_STAGES, *_OTHER_STATES) if stage.resumes == "step"}
+
 
 @dataclass
 class Prepared:
@@ -140,7 +148,7 @@ class Stages:
         Its workspace begins with what the stages before it left.
         """
         if name not in self._prepared:
-            stage = STAGES[name]
+            stage = (STAGES | TRAINED)[name]
             start = fresh(self.folder)
             start.mkdir()
             for earlier in stage.after:
