@@ -1,4 +1,4 @@
-"""Death at every durable operation (C1), also while recovering from a death (C3); at random moments (C2); torn logs (C4)."""
+"""Death at every durable operation and at random moments, also while recovering from a death; torn logs (C1 to C4)."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class DurableOperations:
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
-            path, mode, flags = arguments
+            path, _, flags = arguments
             writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR)
             if writes and isinstance(path, (str, bytes)):
                 created = "open" if os.path.exists(path) and not flags & os.O_TRUNC else "create"

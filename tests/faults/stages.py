@@ -12,11 +12,15 @@ from forked import Ended, Server, Trial, fresh
 from tiny_gpt2 import build_model, build_tokenizer
 
 from command import contents
+from hand_store import HOOKS, make_rows, write_full
 
 #: Rows of a shard: two batches of four contexts of 16 tokens.
 SHARD_ROWS = 128
 #: Steps between the checkpoints of the trained stages, and their steps.
 CHECKPOINT_EVERY, STEPS = 6, 20
+
+#: Stands for a stage: a store that is written by hand, with sinks.
+HAND_STORE = "hand store"
 
 _COLLECT = (
     "collect", "--model", "{inputs}/tiny-gpt2", "--corpus", "{inputs}/corpus", "--context", "16", "--batch-size", "4",
@@ -91,7 +95,17 @@ _OTHER_STATES = [
     Stage(f"train {act}", (*_TRAIN, "--layers", "2", "--act", act, *options, "--name", act), ("collect",), "step")
     for act, options in {"batchtopk": ("--k", "4"), "jumprelu": ("--target-l0", "5")}.items()
 ]
-#: All that train, and two more whose checkpoints hold what those of the others do not.
+#: On a store with sinks and with features that are silent for long, so that every item of the state can be told.
+_OTHER_STATES.append(
+    Stage(
+        "train on sinks",
+        ("train", "hand", *_TRAINED[:-4], "--d-sae", "160", "--device", "cpu", "--layers", "4", "--alpha", "1.5",
+         "--resample-dead", "7", "--dead-window", "200", "--name", "sinks"),
+        after=(HAND_STORE,),
+        resumes="step",
+    )
+)  # fmt: skip
+#: All that train, and those whose checkpoints hold what those of the others do not.
 TRAINED = {stage.name: stage for stage in (*_STAGES, *_OTHER_STATES) if stage.resumes == "step"}
 
 
@@ -152,7 +166,10 @@ class Stages:
             start = fresh(self.folder)
             start.mkdir()
             for earlier in stage.after:
-                self._run(self.get(earlier).arguments, start)
+                if earlier == HAND_STORE:
+                    write_full(start / "activations" / "hand", make_rows(65, 8, hooks=HOOKS), [200, 120, 0, 200])
+                else:
+                    self._run(self.get(earlier).arguments, start)
             arguments = tuple(word.format(inputs=self.folder / "inputs") for word in stage.command)
             # Run twice: what the first imports is kept by the server for all that follow.
             self.server.warm_up(self._trial(arguments, self._copy(start)))

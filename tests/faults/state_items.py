@@ -20,9 +20,11 @@ from tally import Tally
 #: Kinds of items by a pattern of their names; what fits none is a kind of its own.
 _KINDS = {
     r"W_enc|b_enc|W_dec|b_dec|log_threshold": "weights",
-    r"adam/(first|m|exp_avg|mean).*": "Adam's first moments",
-    r"adam/(second|v|exp_avg_sq).*": "Adam's second moments",
+    r"adam/exp_avg/.*": "Adam's first moments",
+    r"adam/exp_avg_sq/.*": "Adam's second moments",
 }
+#: What decides how fast a step is and nothing else: a changed value changes no bit of the result.
+_OF_SPEED = ("kernel/refused",)
 
 
 def kind_of(item: str) -> str:
@@ -52,6 +54,9 @@ def change_items(server: Server, stages: Stages, folder: Path, names: list[str],
             for tally, value in ((dropped, None), (changed, _another(items[key]))):
                 if value is not None and torch.equal(value, items[key]):
                     continue  # of no elements
+                if value is not None and key.partition("/")[2] in _OF_SPEED:
+                    tally.counts["not tried: steers speed only"] += 1
+                    continue
                 workspace = prepared.begin(folder)
                 shutil.rmtree(workspace)
                 shutil.copytree(stopped, workspace)

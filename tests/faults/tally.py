@@ -62,6 +62,5 @@ class Tally:
     def require(self) -> None:
         """Fails a test with what was wrong."""
         assert self.tried, f"{self.what}, {self.stage}: nothing was tried"
-        assert self.held == self.tried, "\n".join(
-            [f"{self.what}, {self.stage}: {self.held} of {self.tried}"] + self.problems
-        )
+        said = [f"{self.what}, {self.stage}: {self.held} of {self.tried}", *self.problems]
+        assert self.held == self.tried, "\n".join(said)

@@ -88,8 +88,8 @@ def writing(folder: Path, reporter: Reporter, *, break_lock: bool = False) -> It
 def remove_abandoned(folder: Path) -> None:
     """Removes the lock file of a process of this machine that was killed once its artifact was complete.
 
-    Nobody takes the lock of a complete artifact any more, so that the file would stay. One that is held, or that another
-    machine has left, is let alone.
+    Nobody takes the lock of a complete artifact any more, so that the file would stay. One that is held, or that
+    another machine has left, is let alone.
     """
     path = lock_path(folder)
     with contextlib.suppress(OSError):

@@ -68,7 +68,7 @@ class StepLoop:
         return checkpoint.step
 
     def _load(self, checkpoint: Checkpoint, name: str, cell: Cell) -> bytes:
-        """Everything that a cell goes on from; returns its metrics.jsonl. Nothing is ever made up for what is missing."""
+        """Loads what a cell goes on from; returns its metrics.jsonl. Nothing is made up for what is missing."""
         try:
             state = checkpoint.cells[name]
             cell.load_state(state)
