@@ -23,8 +23,8 @@ test: .venv/test.stamp lint
 	$(BIN)/python -m pytest
 
 lint: .venv/test.stamp
-	$(BIN)/ruff check src tests docs benchmarks experiments
-	$(BIN)/ruff format --check src tests docs benchmarks experiments
+	$(BIN)/ruff check src tests docs/*.py benchmarks experiments
+	$(BIN)/ruff format --check src tests docs/*.py benchmarks experiments
 	$(BIN)/mypy
 
 docs: .venv/test.stamp

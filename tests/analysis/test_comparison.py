@@ -380,7 +380,7 @@ def test_damaged_inputs_are_refused(tmp_path: Path) -> None:
     write_sae(tmp_path, "g/0")
     write_eval(tmp_path, "g/0")
     (tmp_path / "evals" / "g-0" / "contexts.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ArtifactError, match=r"contexts.safetensors cannot be read .*run nsae eval again"):
+    with pytest.raises(ArtifactError, match=r"contexts.safetensors cannot be read .*nsae verify --repair"):
         compared(tmp_path)
     write_sae(tmp_path, "h/0", run={"config": {"act": "relu"}})
     with pytest.raises(ArtifactError, match="config lacks l2_norm"):

@@ -18,6 +18,7 @@ from nsae_cli.analysis.top_norms_artifact import TopNormsAnalysis, TopNormsOptio
 from nsae_cli.errors import ArtifactError, Interrupted, UsageError
 from nsae_cli.reporter import SilentReporter
 from nsae_cli.store.workspace import Kind, Workspace
+from sealed_json import edit_json
 
 ENTRY = {
     "rows", "norm_min", "norm_max", "l0", "l1", "mre", "direction_error", "magnitude_error", "shrinkage", "norm_ratio",
@@ -244,8 +245,7 @@ def test_misfits(known: KnownStore, workspace: Workspace, tmp_path: Path) -> Non
     with pytest.raises(ArtifactError, match="width 3, known holds width 4"):
         run_top_norms([str(narrow)], str(known.path), TopNormsOptions(), workspace, None, SilentReporter())
     folder = write_sae(tmp_path / "hook", known, WEIGHTS)
-    run = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps(run | {"hook": "blocks.7.hook_resid_pre"}))
+    edit_json(folder / "run.json", hook="blocks.7.hook_resid_pre")
     with pytest.raises(ArtifactError, match=rf"reads blocks.7.hook_resid_pre, known holds {HOOK}"):
         run_top_norms([str(folder)], str(known.path), TopNormsOptions(), workspace, None, SilentReporter())
     assert not (workspace.root / "top-norms").exists()

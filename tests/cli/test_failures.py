@@ -269,7 +269,7 @@ def _flip(path: Path) -> None:
 
 def _digit(path: Path) -> None:
     """Another number where there was one, the JSON still valid."""
-    path.write_text(re.sub(r'("(?:d_sae|d_in|rows)": )\d', r"\g<1>9", path.read_text(), count=1))
+    path.write_text(re.sub(r'("(?:d_sae|d_in|rows)": )(\d)', r"\g<1>1\2", path.read_text(), count=1))
 
 
 DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str, list[str]]] = {

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 from collections import namedtuple
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,8 +68,17 @@ def _(place: Place) -> list[Any]:
 
 @scenario("READ_FAILED")
 def _(place: Place) -> list[Any]:
-    (place.tmp / "texts" / "a.txt").mkdir(parents=True)
-    return ["collect", "--model", "mini", "--corpus", place.tmp / "texts", "--device", "cpu"]
+    place.empty()
+    text = place.corpus("a.txt", b"a text " * 1000)
+    opened = Path.open
+
+    def fail(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == text.name:
+            raise system_error(errno.EIO, path)
+        return opened(path, *arguments, **options)
+
+    place.patch.setattr(Path, "open", fail)
+    return ["collect", "--model", "mini", "--corpus", text, "--device", "cpu"]
 
 
 @scenario("STDOUT_FAILED")
@@ -96,6 +106,13 @@ def _(place: Place) -> list[Any]:
     place.empty()
     place.raises("shutil.disk_usage", system_error(errno.ESTALE, place.workspace))
     return COLLECT
+
+
+@scenario("CANNOT_WORK")
+def _(place: Place) -> list[Any]:
+    place.workspace = place.corpus("file", b"")
+    place.patch.setenv("HF_HUB_OFFLINE", "1")
+    return ["doctor"]
 
 
 @scenario("OUT_OF_MEMORY")
@@ -184,6 +201,14 @@ def _(place: Place) -> list[Any]:
         x[7, 3] = torch.inf
     place.empty()
     return ["norms", write_foreign(place.tmp / "foreign", rows, [480]), "--name", "new"]
+
+
+@scenario("ALL_ROWS_ZERO")
+def _(place: Place) -> list[Any]:
+    place.empty()
+    rows = make_rows()
+    rows.x = {hook: torch.zeros_like(x) for hook, x in rows.x.items()}
+    return ["norms", write_foreign(place.tmp / "zero", rows, [480]), "--name", "new"]
 
 
 @scenario("LOSS_NOT_FINITE")

@@ -14,17 +14,18 @@ from nsae_cli import catalogue, errors
 from nsae_cli.cli.failures import EXIT_CODES
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs"))
+import error_messages
 import generate_errors
 
 PACKAGE = Path(nsae_cli.__file__).parent
-MESSAGES = generate_errors.messages()
+MESSAGES = error_messages.messages()
 TYPES = {kind.__name__ for kind in EXIT_CODES} | {"NsaeError"}
 
 #: What tells the user what to do, or what would have been right; the values of these names do so themselves.
 _WAY_OUT = re.compile(
     r"\b(add|at least|at most|check|choose|collect|compare|convert|copy|delete|expected|free|get|give|has|holds|"
-    r"install|knows|known|leave|lower|make|mend|name|only|put|raise|read|reads|remove|restore|run|save|say|see|set|"
-    r"show|stop|take|there are|train|try|use|wait|with|write)\b|\{(remedy|nearest|hint|error|why)\}|as in `|"
+    r"install|knows|known|leave|lower|make|mend|name|only|put|raise|read|reads|remove|rename|restore|run|save|say|see|set|"
+    r"show|stop|take|there are|train|try|use|wait|with|write)\b|\{(remedy|repair|nearest|hint|error|why)\}|as in `|"
     r"stands before|did you mean|is not an option"
 )
 
@@ -68,7 +69,7 @@ def test_entry(name: str) -> None:
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message.place)
-def test_message(message: generate_errors.Message) -> None:
+def test_message(message: error_messages.Message) -> None:
     """One line; and after what is wrong it says what to do, or what would have been right."""
     assert "\n" not in message.template
     if message.entry != "Interrupted":

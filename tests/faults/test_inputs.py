@@ -470,7 +470,8 @@ def cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def edit(path: Path, change: Any) -> None:
     document = json.loads(path.read_text())
     change(document)
-    document.pop("checksum", None)  # as an older nsae would have left it
+    for key in ("checksum", "files"):  # as an older nsae would have left it
+        document.pop(key, None)
     path.write_text(json.dumps(document))
 
 

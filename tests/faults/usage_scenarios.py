@@ -133,6 +133,7 @@ def _(place: Place) -> list[Any]:
 
 @scenario("TEXT_NOT_IN_STORE")
 def _(place: Place) -> list[Any]:
+    place.empty()
     return ["norms", "--probe", "--name", "new", write_foreign(place.tmp / "foreign", make_rows(), [480])]
 
 

@@ -78,7 +78,7 @@ def test_tensors_that_nsae_does_not_know_are_not_passed_over(tmp_path):
 def test_scaling_factors_that_nobody_says_are_to_be_applied(tmp_path):
     folder = copied("saelens5-relu", tmp_path)
     change_tensors(folder, scaling_factor=torch.full((16,), 1.1))
-    with pytest.raises(ArtifactError, match="cannot be known"):
+    with pytest.raises(ArtifactError, match="make it true if they are to be applied"):
         open_sae(str(folder))
 
 

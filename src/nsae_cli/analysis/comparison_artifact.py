@@ -24,6 +24,7 @@ from nsae_cli.reporter import Reporter
 from nsae_cli.store import commit
 from nsae_cli.store.data_files import read_arrays
 from nsae_cli.store.manifest import read_manifest
+from nsae_cli.store.seal import is_plain_name
 from nsae_cli.store.shards import describe_changes
 from nsae_cli.store.workspace import Artifact, Kind, Workspace, check_name
 
@@ -71,7 +72,7 @@ def run_compare(
     outdated: list[Path] = []
     if (folder / Kind.TABLE.mark).is_file():
         document = read_document(table, required=("options", "inputs", "groups", "figures"))
-        figures = [folder / figure for figure in document["figures"]]
+        figures = [folder / figure for figure in document["figures"] if is_plain_name(figure)]
         _refuse_another(name, document, wanted)
         if document["inputs"] == inputs and all(figure.is_file() for figure in figures):
             workspace.tidy(folder)
@@ -187,7 +188,7 @@ def _optional_hash(path: Path) -> str | None:
 
 def _store(trained_on: Mapping[str, Any], workspace: Workspace) -> tuple[Path | None, list[dict[str, Any]]]:
     """Folder of the store, if it is in the workspace as it was, and what `nsae alter` did to it."""
-    if not trained_on.get("name"):
+    if not is_plain_name(trained_on.get("name")):
         return None, []
     folder = workspace.folder(Kind.ACTIVATIONS, str(trained_on["name"]))
     try:

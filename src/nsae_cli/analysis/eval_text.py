@@ -246,7 +246,7 @@ class TextResolver:
             return store, trained_on is not None and store.manifest_sha256 == trained_on["manifest_sha256"]
         assert trained_on is not None
         try:
-            [artifact] = self._workspace.find(Kind.ACTIVATIONS, trained_on["name"])
+            [artifact] = self._workspace.find_recorded(Kind.ACTIVATIONS, trained_on["name"])
         except UsageError as error:
             raise catalogue.STORE_OF_SAE_MISSING(
                 f"the activations {trained_on['name']!r} that {sae} was trained on are not in {self._workspace.root}; "

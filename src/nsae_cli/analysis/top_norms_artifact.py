@@ -162,7 +162,7 @@ def store_of(saved: SavedSae, activations: str | None, workspace: Workspace) -> 
             f"with `nsae collect` and name the store with --activations"
         )
     try:
-        [artifact] = workspace.find(Kind.ACTIVATIONS, trained_on["name"])
+        [artifact] = workspace.find_recorded(Kind.ACTIVATIONS, trained_on["name"])
     except UsageError as error:
         raise catalogue.STORE_OF_SAE_MISSING(
             f"the activations {trained_on['name']!r} that {saved.path.name} was trained on are not in "

@@ -100,6 +100,12 @@ CONTENT_CHANGED = Entry(
     "The bytes of a tensor are not those that were written (SHA-256): a damaged disk or copy, or an edit.",
     "Copy the file again, or delete the folder and run the command again.",
 )
+DAMAGE_FOUND = Entry(
+    "damage-found",
+    ArtifactError,
+    "`nsae verify` has read every byte again and found damage; its table, above the line, names each finding.",
+    "Run `nsae verify --repair NAME`: it drops what is damaged and says which command makes it again.",
+)
 SAE_INVALID = Entry(
     "sae-invalid",
     ArtifactError,
@@ -156,7 +162,7 @@ TEXT_CUT = Entry(
 NOTHING_TO_MEASURE = Entry(
     "nothing-to-measure",
     ArtifactError,
-    "All rows of the activations are zero or sinks, or there are none, so that a typical norm is not defined.",
+    "The activations hold no rows, so that there is nothing to measure.",
     "Collect the activations again, from more text.",
 )
 HOOK_UNSUPPORTED = Entry(

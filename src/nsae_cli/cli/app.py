@@ -27,6 +27,7 @@ from nsae_cli.cli import (
     report,
     run,
     train,
+    verify,
 )
 from nsae_cli.cli.console import print_text
 from nsae_cli.cli.session import Session
@@ -66,6 +67,7 @@ app.command("report")(report.command)
 app.command("bench")(bench.command)
 app.command("list")(list_.command)
 app.command("doctor")(doctor.command)
+app.command("verify")(verify.command)
 
 
 def _version(asked: bool) -> None:

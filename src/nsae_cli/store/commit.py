@@ -200,6 +200,17 @@ def rename_folder(temporary: Path, final: Path) -> None:
         _fsync_folder(final.parent)
 
 
+def set_aside(path: Path) -> Path:
+    """Renames a file to a name that nobody reads and that `remove_leftovers` removes; returns where it is."""
+    aside = path.parent / f".{path.name}.damaged.tmp"
+    with disk_errors(path):
+        _operation("rename", path)
+        path.replace(aside)
+        _operation("fsync-folder", path.parent)
+        _fsync_folder(path.parent)
+    return aside
+
+
 def remove_file(path: Path) -> None:
     """Removes a file that is no longer needed; no error where it is gone already."""
     with disk_errors(path):

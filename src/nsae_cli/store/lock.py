@@ -74,6 +74,7 @@ def writing(folder: Path, reporter: Reporter, *, break_lock: bool = False) -> It
         ResourceError: the folder above cannot be written.
     """
     path = lock_path(folder)
+    new = [parent for parent in folder.parents if not parent.exists()]
     commit.make_folder(folder.parent)
     descriptor = _acquire(path, folder.name, reporter, break_lock)
     try:
@@ -83,6 +84,10 @@ def writing(folder: Path, reporter: Reporter, *, break_lock: bool = False) -> It
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
         os.close(descriptor)
+        # A command that was refused before it wrote anything leaves no empty folders.
+        for parent in new:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
 
 
 def remove_abandoned(folder: Path) -> None:

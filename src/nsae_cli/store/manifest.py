@@ -6,7 +6,6 @@ Everything else is what `nsae collect` records and may be null or absent elsewhe
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,14 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from nsae_cli import catalogue
 from nsae_cli.store.commit import file_sha256, read_json
+from nsae_cli.store.seal import is_plain_name
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 
 DTYPES: dict[str, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
-# A shard is a plain file beside the manifest: no separators, no "..", no hidden or device names.
-_SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}")
 
 
 class _Frozen(BaseModel):
@@ -41,7 +38,7 @@ class ShardEntry(_Frozen):
     @field_validator("file")
     @classmethod
     def _stays_in_the_folder(cls, name: str) -> str:
-        if not _SAFE_NAME.fullmatch(name):
+        if not is_plain_name(name):
             raise ValueError(f"the name {name[:80]!r} leaves the folder or is not a plain file name")
         return name
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from nsae_cli import catalogue
 
 CHECKSUM, FILES = "checksum", "files"
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}")
 
 
 def checksum_of(document: Mapping[str, Any]) -> str:
@@ -52,7 +54,10 @@ def seal_fits(document: Any) -> bool:
         return True
     if CHECKSUM not in document:
         return FILES not in document
-    return document[CHECKSUM] == checksum_of(document)
+    try:
+        return document[CHECKSUM] == checksum_of(document)
+    except (ValueError, RecursionError):  # what cannot be written again was never written
+        return False
 
 
 def check_seal(document: Any, path: Path) -> None:
@@ -65,6 +70,11 @@ def check_seal(document: Any, path: Path) -> None:
         raise catalogue.CONTENT_CHANGED(
             f"{path}: the content is not what was written (its checksum differs); {repair(path)}"
         )
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a name that a file names stays in its folder: no separators, no "..", nothing hidden, no device."""
+    return isinstance(name, str) and _PLAIN_NAME.fullmatch(name) is not None
 
 
 def repair(path: Path) -> str:

@@ -129,13 +129,13 @@ class Workspace:
             if not folder.is_dir():
                 continue
             if (folder / kind.mark).is_file():
-                return [Artifact(kind, self._name_of(kind, folder), folder)]
+                return [Artifact(kind, self.name_of(kind, folder), folder)]
             if kind is Kind.SAE:
                 cells = sorted(mark.parent for mark in folder.glob(f"*/{kind.mark}"))
                 if cells:
-                    return [Artifact(kind, self._name_of(kind, cell), cell) for cell in cells]
+                    return [Artifact(kind, self.name_of(kind, cell), cell) for cell in cells]
             if kind is Kind.ACTIVATIONS:
-                return [Artifact(kind, self._name_of(kind, folder), folder)]  # opening it says what is wrong
+                return [Artifact(kind, self.name_of(kind, folder), folder)]  # opening it says what is wrong
             raise catalogue.UNFINISHED(
                 f"{folder} holds no {kind.mark}: it is not finished or not from `nsae {kind.command}`; "
                 f"run the same command again"
@@ -145,7 +145,18 @@ class Workspace:
             f"no {kind.folder} named {reference!r} in {self.root} and no such path; there are: {known}"
         )
 
-    def _name_of(self, kind: Kind, folder: Path) -> str:
+    def find_recorded(self, kind: Kind, name: object) -> list[Artifact]:
+        """As `find`, for a name that an artifact's file gives: it may not lead anywhere else.
+
+        Raises:
+            UsageError: there is nothing of that name, or it is none.
+        """
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or "\0" in name:
+            raise catalogue.NOT_FOUND(f"{str(name)[:60]!r} is no name of {kind.folder}; name one that is there")
+        return self.find(kind, name)
+
+    def name_of(self, kind: Kind, folder: Path) -> str:
+        """The name of a folder in the workspace, NAME or NAME/CELL; elsewhere the folder's own."""
         base = (self.root / kind.folder).resolve()
         resolved = folder.resolve()
         return resolved.relative_to(base).as_posix() if base in resolved.parents else folder.name

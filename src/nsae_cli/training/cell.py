@@ -213,7 +213,7 @@ class Cell:
         if not bool(torch.isfinite(total)):
             raise catalogue.LOSS_NOT_FINITE(
                 f"loss or gradient is not finite at step {step + 1} of {self.config.hook} ({self.config.act}, "
-                f"{self.config.l2_norm})"
+                f"{self.config.l2_norm}); lower --lr or give --clip 1"
             )
 
     def refuse_non_finite_state(self, steps: int) -> None:

@@ -102,8 +102,18 @@ class Checkpoints:
             reporter.warn(f"damaged checkpoint {', '.join(damaged)}: {instead}")
         return found
 
+    def damaged(self) -> dict[int, str]:
+        """Of every checkpoint that cannot be used why, by step; reads them all."""
+        found = {}
+        for step in self.steps():
+            try:
+                self._read(step)
+            except (_Damaged, ArtifactError) as error:
+                found[step] = str(error)
+        return found
+
     def steps(self) -> list[int]:
-        """The steps of which there is a checkpoint, rising."""
+        """The steps that there are checkpoints of, damaged or not, rising."""
         names = [path.name.removeprefix("step-") for path in self.folder.glob("step-*") if path.is_dir()]
         return sorted(int(name) for name in names if name.isdigit())
 

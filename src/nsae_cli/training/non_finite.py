@@ -6,17 +6,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from nsae_cli import catalogue
 from nsae_cli.errors import NumericalError
 from nsae_cli.store.batches import HookRows
 
 
-def explain(
-    error: NumericalError, name: str, rows: HookRows, step: int, origin: Callable[[int], str], kept: Sequence[int]
-) -> None:
-    """Puts the reason into the message of an error that a step has raised.
+def explain(name: str, rows: HookRows, step: int, origin: Callable[[int], str], kept: Sequence[int]) -> NumericalError:
+    """The error to raise in place of one that `Cell.train_step` has raised: with the reason.
 
     Args:
-        error: what `Cell.train_step` raised; changed.
         name: of the cell.
         rows: the step's batch.
         step: 0-based number of the step.
@@ -39,4 +37,4 @@ def explain(
             f"lower --lr or give --clip 1"
         )
     checkpoint = f"; checkpoint step-{kept[-1]} is kept" if kept else ""
-    error.args = (f"loss or gradient is not finite at step {step + 1} of {name}{why}{checkpoint}",)
+    return catalogue.LOSS_NOT_FINITE(f"loss or gradient is not finite at step {step + 1} of {name}{why}{checkpoint}")

@@ -153,8 +153,8 @@ class StepLoop:
             except NumericalError as error:
                 stream = self._streams[stream_key(cell.config)]
                 self._writer.wait()
-                explain(error, name, rows, step, partial(stream.origin, step), self._plan.checkpoints.steps())
-                raise
+                kept = self._plan.checkpoints.steps()
+                raise explain(name, rows, step, partial(stream.origin, step), kept) from error
             if not is_logged(step, cell.config.steps, cell.config.probe_every):
                 return None
             record = step_record(cell, rows, log, step) | {"probe": probe}
