@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from typing import Any
 
+import pytest
 import torch
 from provoking import Place, edit, flip, rewrite_shard, scenario
 from safetensors.torch import load_file, save_file
 
+from command import nsae
 from hand_store import make_rows, write_foreign
+from nsae_cli import interrupt
 
 ANALYZE = ["analyze-top-norms", "--name", "new"]
 AUDIT = ["audit", "--hook", "blocks.1.hook_resid_post", "--model", "mini"]
@@ -80,6 +84,23 @@ def _(place: Place) -> list[Any]:
     folder.mkdir(parents=True)
     (folder / "progress.jsonl").write_text("{")
     return ["collect", "--model", "mini", "--tokens", "2k", "--device", "cpu", "--name", "torn"]
+
+
+@scenario("CHECKPOINT_INCOMPLETE")
+def _(place: Place) -> list[Any]:
+    place.damaged()
+    command = [*TRAIN, "--d-sae", "32", "--tokens", "8k"]
+    with pytest.MonkeyPatch.context() as patch:
+        polls = iter(range(2))
+        patch.setattr(interrupt, "stop_requested", lambda: None if next(polls, None) is not None else 2)
+        assert nsae("--workspace", place.workspace, *command).code == 130
+    [state] = place.workspace.glob("saes/*/checkpoints/step-*/state.safetensors")
+    items = load_file(state, backend="pread")
+    save_file({key: item for key, item in items.items() if not key.endswith("/zero_rows")}, state)
+    files = state.with_name("files.json")
+    hashes = json.loads(files.read_text()) | {state.name: hashlib.sha256(state.read_bytes()).hexdigest()}
+    files.write_text(json.dumps(hashes))
+    return command
 
 
 @scenario("SHARD_MISSING")

@@ -84,6 +84,7 @@ def collect(config: CollectConfig, workspace: Workspace, reporter: Reporter) -> 
             if has_leftovers(artifact.path):
                 with workspace.writing(artifact.path, reporter):
                     remove_leftovers(artifact.path)
+            workspace.tidy(artifact.path)
             return found
         require_writable(artifact.path)
         with workspace.writing(artifact.path, reporter):
