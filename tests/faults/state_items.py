@@ -25,6 +25,8 @@ _KINDS = {
 }
 #: What decides how fast a step is and nothing else: a changed value changes no bit of the result.
 _OF_SPEED = ("kernel/refused",)
+#: What tells in the result only where features fall silent or sinks are there: changed on that stage alone.
+_ON_SINKS, _TELLING_STAGE = ("window/", "probe/"), "train on sinks"
 
 
 def kind_of(item: str) -> str:
@@ -56,6 +58,8 @@ def change_items(server: Server, stages: Stages, folder: Path, names: list[str],
                     continue  # of no elements
                 if value is not None and key.partition("/")[2] in _OF_SPEED:
                     tally.counts["not tried: steers speed only"] += 1
+                    continue
+                if value is not None and name != _TELLING_STAGE and key.partition("/")[2].startswith(_ON_SINKS):
                     continue
                 workspace = prepared.begin(folder)
                 shutil.rmtree(workspace)
