@@ -7,6 +7,7 @@ its completion mark.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,13 +137,14 @@ def _find(references: Sequence[str], workspace: Workspace) -> list[_Target]:
         targets = [
             target
             for kind in Kind
-            if _is_name(reference) and (folder := workspace.folder(kind, reference)).is_dir()
+            if _is_name(reference) and os.path.isdir(folder := workspace.folder(kind, reference))
             for target in _of_folder(kind, reference.strip("/"), folder)
         ]
         targets = targets or _of_path(Path(reference), workspace)
         if not targets:
             raise catalogue.NOT_FOUND(
-                f"no artifact named {reference!r} in {workspace.root} and no such path; see `nsae list` for the names"
+                f"no artifact named {reference[:80]!r} in {workspace.root} and no such path; "
+                f"`nsae list` shows the names"
             )
         found |= {target.path: target for target in targets}
     return list(found.values())
@@ -178,7 +180,7 @@ def _is_name(reference: str) -> bool:
 
 
 def _of_path(path: Path, workspace: Workspace) -> list[_Target]:
-    if not path.is_dir():
+    if not os.path.isdir(path):  # False too for what can be no name of a file, such as one too long
         return []
     kinds = [kind for kind in Kind if (path / kind.mark).exists()]
     if (path / PROGRESS).exists():

@@ -126,7 +126,7 @@ class Workspace:
         if not reference.strip():
             raise catalogue.NAME_INVALID(f"the name of {kind.folder} is empty; give a name or a path, or leave it out")
         for folder in (self.folder(kind, reference), Path(reference)):
-            if not folder.is_dir():
+            if not os.path.isdir(folder):  # False too for what can be no name of a file, such as one too long
                 continue
             if (folder / kind.mark).is_file():
                 return [Artifact(kind, self.name_of(kind, folder), folder)]
@@ -142,7 +142,7 @@ class Workspace:
             )
         known = ", ".join(artifact.name for artifact in self.complete(kind)) or "none"
         raise catalogue.NOT_FOUND(
-            f"no {kind.folder} named {reference!r} in {self.root} and no such path; there are: {known}"
+            f"no {kind.folder} named {reference[:80]!r} in {self.root} and no such path; there are: {known}"
         )
 
     def find_recorded(self, kind: Kind, name: object) -> list[Artifact]:
