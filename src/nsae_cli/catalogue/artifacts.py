@@ -68,13 +68,15 @@ SHARD_MISSING = Entry(
     "shard-missing",
     ArtifactError,
     "A file that the manifest lists is not there.",
-    "Copy it from where the store came from, or delete the folder and collect again.",
+    "Run `nsae verify --repair` on the store and then the command that made it, which makes the damaged shards anew "
+    "and nothing else; a store from elsewhere has to be copied again.",
 )
 SHARD_SIZE = Entry(
     "shard-size",
     ArtifactError,
     "A shard has more or fewer bytes than were written, as after an interrupted copy.",
-    "Copy it again, or delete the folder and collect again.",
+    "Run `nsae verify --repair` on the store and then the command that made it, which makes the damaged shards anew "
+    "and nothing else; a store from elsewhere has to be copied again.",
 )
 SHARD_LINK = Entry(
     "shard-link",
@@ -86,7 +88,8 @@ SHARD_UNREADABLE = Entry(
     "shard-unreadable",
     ArtifactError,
     "A shard is not a valid safetensors file.",
-    "Copy it again, or delete the folder and collect again.",
+    "Run `nsae verify --repair` on the store and then the command that made it, which makes the damaged shards anew "
+    "and nothing else; a store from elsewhere has to be copied again.",
 )
 SHARD_MISMATCH = Entry(
     "shard-mismatch",
@@ -97,14 +100,15 @@ SHARD_MISMATCH = Entry(
 CONTENT_CHANGED = Entry(
     "content-changed",
     ArtifactError,
-    "The bytes of a tensor are not those that were written (SHA-256): a damaged disk or copy, or an edit.",
-    "Copy the file again, or delete the folder and run the command again.",
+    "The bytes of a tensor or a file are not those that were written (SHA-256), or a value in a JSON file is not (its "
+    "checksum): a damaged disk or copy, or an edit.",
+    "Run `nsae verify --repair` on what the line names; it drops what is damaged and says how to make it again.",
 )
 DAMAGE_FOUND = Entry(
     "damage-found",
     ArtifactError,
-    "`nsae verify` has read every byte again and found damage; its table, above the line, names each finding.",
-    "Run `nsae verify --repair NAME`: it drops what is damaged and says which command makes it again.",
+    "`nsae verify` has looked at every byte and found some that are not what was written. Each finding stands above.",
+    "Run `nsae verify --repair`: it drops what is damaged and says how to make it again.",
 )
 SAE_INVALID = Entry(
     "sae-invalid",

@@ -163,6 +163,6 @@ def _read_tensors(
             )
         if name in hashes and commit.tensor_sha256(tensor) != hashes[name]:
             raise catalogue.CONTENT_CHANGED(
-                f"{path}: the content of {name} is not what was written (SHA-256 differs); train again"
+                f"{path}: the content of {name} is not what was written (SHA-256 differs); {repair(path)}"
             )
     return {name: tensors[name] for name in shapes}
