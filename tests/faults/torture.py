@@ -21,10 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-RESULTS = HERE / "results"
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "lm")]
+sys.path[:0] = [str(Path(__file__).resolve().parents[level] / name) for level, name in ((0, ""), (1, ""), (1, "lm"))]
 
 import crash_points
 import cut_points
@@ -38,6 +35,10 @@ import torture_table
 from forked import Server
 from stages import Prepared, Stages
 from tally import Tally
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RESULTS = HERE / "results"
 
 Part = Callable[[Server, Stages, Path], list[Tally]]
 
@@ -174,7 +175,7 @@ def code_hash() -> str:
 
 
 def _commit() -> str:
-    asked = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)  # noqa: PLW1510
+    asked = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return asked.stdout.strip()
 
 
