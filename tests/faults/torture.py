@@ -21,7 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[level] / name) for level, name in ((0, ""), (1, ""), (1, "lm"))]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lm"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import crash_points
 import cut_points
