@@ -99,8 +99,8 @@ _OTHER_STATES = [
 _OTHER_STATES.append(
     Stage(
         "train on sinks",
-        ("train", "hand", *_TRAINED[:-4], "--d-sae", "160", "--device", "cpu", "--layers", "4", "--alpha", "1.5",
-         "--resample-dead", "7", "--dead-window", "200", "--name", "sinks"),
+        ("train", "hand", *_TRAINED[:-4], "--d-sae", "160", "--device", "cpu", "--layers", "4", "--act", "topk",
+         "--k", "1", "--dead-window", "128", "--name", "sinks"),
         after=(HAND_STORE,),
         resumes="step",
     )
