@@ -97,8 +97,8 @@ def test_templates_name_values_and_resolve_constants() -> None:
         "{folder} holds no manifest.json: it is not an activation store; make one with `nsae collect`",
     ) in found
     assert (
-        "SHARD_MISSING",
-        "{path}: the file is missing; the shard is damaged; delete the folder {name} and run `nsae collect` again",
+        "WORKSPACE_EMPTY",
+        "no complete {folder} in {root}; run `nsae {command}` first, or name one",
     ) in found
     assert ("OPTION_VALUE", "--{option} {value}: expected each value once") in found
     assert ("LAYER_NOT_THERE", "--layers {text}: {part} runs backwards; write the smaller layer first") in found
