@@ -147,6 +147,13 @@ def _(place: Place) -> list[Any]:
     return TRAIN
 
 
+@scenario("DAMAGE_FOUND")
+def _(place: Place) -> list[Any]:
+    place.damaged()
+    flip(place.store / "shard-00000.safetensors")
+    return ["verify", place.store.name]
+
+
 @scenario("SAE_INVALID")
 def _(place: Place) -> list[Any]:
     place.damaged()

@@ -37,7 +37,7 @@ METHODS: dict[str, dict[str, str]] = {
     "tanh-relu free": {"act": "tanh-relu", "l2_norm": "sq", "clip": "1"},
     "topk": {"act": "topk", "k": "3", "dead_window": "256"},
     "target-l0": {"target_l0": "4", "resample_dead": "10", "dead_window": "128"},
-    "grid": {"act": "relu,tanh-relu", "sinks": "keep,drop", "layers": "all", "seed": "0,1"},
+    "grid": {"act": "relu,tanh-relu", "sinks": "keep,drop", "layers": "all"},
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

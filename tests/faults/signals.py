@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from forked import Ended, Server
 from stages import Stages
 from tally import Tally
 
+BOTH = (signal.SIGINT, signal.SIGTERM)
 #: A stopped command has to be gone so many seconds after the signal.
 LONGEST = 10.0
 
@@ -39,13 +41,19 @@ PHASES = [
 
 
 def signal_phases(
-    server: Server, stages: Stages, folder: Path, phases: list[Phase], each: int, seed: int = 0, **options: object
+    server: Server,
+    stages: Stages,
+    folder: Path,
+    phases: list[Phase],
+    each: int,
+    signums: Sequence[signal.Signals] = BOTH,
+    **options: object,
 ) -> list[Tally]:
-    """Both signals in each phase, `each` times, at calls that are spread over the phase."""
+    """Each signal in each phase, `each` times, at calls that are spread over the phase."""
     tallies = []
-    draw = random.Random(seed)
+    draw = random.Random(0)
     for phase in phases:
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in signums:
             name = f"{signum.name} to its group" if options.get("threads") else signum.name
             tally = Tally(f"{name} during {phase.name}", phase.stage)
             prepared = stages.get(phase.stage)

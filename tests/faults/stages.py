@@ -175,6 +175,8 @@ class Stages:
             self.server.warm_up(self._trial(arguments, self._copy(start)))
             workspace = self._copy(start)
             undisturbed = self._run(arguments, workspace)
+            if not self._prepared:
+                self.server.warm_up(Trial(workspace, ("verify",), {"count_operations": False}))
             self._prepared[name] = Prepared(stage, arguments, start, contents(workspace), undisturbed)
             shutil.rmtree(workspace)
         return self._prepared[name]

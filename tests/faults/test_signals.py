@@ -11,21 +11,22 @@ from forked import Server
 from stages import Prepared, Stages
 
 
-@pytest.mark.parametrize("phase", signals.PHASES, ids=lambda phase: phase.name)
-def test_signals_in_each_phase(server: Server, stages: Stages, folder: Path, phase: signals.Phase) -> None:
-    for tally in signals.signal_phases(server, stages, folder, [phase], each=1):
-        tally.require()
+@pytest.mark.parametrize("number", range(len(signals.PHASES)), ids=[phase.name for phase in signals.PHASES])
+def test_a_signal_in_each_phase(server: Server, stages: Stages, folder: Path, number: int) -> None:
+    phase, signum = signals.PHASES[number], signals.BOTH[number % 2]
+    [tally] = signals.signal_phases(server, stages, folder, [phase], each=1, signums=[signum])
+    tally.require()
 
 
 def test_signal_to_the_whole_group(server: Server, stages: Stages, folder: Path) -> None:
     [step] = [phase for phase in signals.PHASES if phase.name == "train step"]
-    for tally in signals.signal_phases(server, stages, folder, [step], each=1, threads=2):
-        tally.require()
-        assert tally.counts["with a checkpoint at the current step"] == 1
+    [tally] = signals.signal_phases(server, stages, folder, [step], each=1, signums=signals.BOTH[1:], threads=2)
+    tally.require()
+    assert tally.counts["with a checkpoint at the current step"] == 1
 
 
 def test_a_second_signal(server: Server, stages: Stages, folder: Path) -> None:
-    signals.signal_twice(server, stages, folder, trials=3).require()
+    signals.signal_twice(server, stages, folder, trials=2).require()
 
 
 @pytest.mark.parametrize("stage", ["collect", "train"])
