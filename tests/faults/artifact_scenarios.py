@@ -33,13 +33,6 @@ def _(place: Place) -> list[Any]:
     return ["train", place.tmp]
 
 
-@scenario("DAMAGE_FOUND")
-def _(place: Place) -> list[Any]:
-    place.damaged()
-    flip(place.store / "shard-00000.safetensors")
-    return ["verify"]
-
-
 @scenario("FORMAT_VERSION")
 def _(place: Place) -> list[Any]:
     place.damaged()
