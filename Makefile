@@ -2,6 +2,7 @@
 # make test   the whole test suite, with lint and types
 # Both create .venv with pinned versions (constraints.txt). PYTHON and PIP_ARGS can be set on the command line.
 # make docs   docs/errors.md from the catalogue of errors; a test fails where it was forgotten
+# make torture   every fault of docs/reliability.md; about an hour on two cores, and goes on where it was stopped
 # make bench  every benchmark, peers included, in .venv-bench (constraints-peers.txt); hours. make bench-setup installs only.
 
 PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3; do \
@@ -14,7 +15,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 BENCH_INSTALL := $(BENCH)/python -m pip install --quiet --disable-pip-version-check \
 	--constraint benchmarks/constraints-peers.txt $(PIP_ARGS)
 
-.PHONY: demo test lint docs clean bench bench-setup
+.PHONY: demo test lint docs clean torture bench bench-setup
 
 demo: .venv/demo.stamp
 	$(BIN)/nsae run experiments/001-quickstart/config.yaml
@@ -26,6 +27,9 @@ lint: .venv/test.stamp
 	$(BIN)/ruff check src tests docs/*.py benchmarks experiments
 	$(BIN)/ruff format --check src tests docs/*.py benchmarks experiments
 	$(BIN)/mypy
+
+torture: .venv/test.stamp
+	$(BIN)/python tests/faults/torture.py
 
 docs: .venv/test.stamp
 	$(BIN)/python docs/generate_errors.py

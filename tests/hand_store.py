@@ -87,7 +87,7 @@ def write_full(folder: Path, rows: Rows, shard_rows: list[int]) -> Path:
                 "hooks": list(rows.x),
                 "norm_hooks": list(rows.x),
                 "d_in": next(iter(rows.x.values())).shape[1],
-                "dtype": "float16",
+                "dtype": str(next(iter(rows.x.values())).dtype).removeprefix("torch."),
                 "context_size": int(rows.positions.max()) + 1,
                 "bos": True,
             }

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from typing import Any
 
+import pytest
 import torch
 from provoking import Place, edit, flip, rewrite_shard, scenario
 from safetensors.torch import load_file, save_file
 
+from command import nsae
 from hand_store import make_rows, write_foreign
+from nsae_cli import interrupt
 
 ANALYZE = ["analyze-top-norms", "--name", "new"]
 AUDIT = ["audit", "--hook", "blocks.1.hook_resid_post", "--model", "mini"]
@@ -75,6 +79,23 @@ def _(place: Place) -> list[Any]:
     return ["collect", "--model", "mini", "--tokens", "2k", "--device", "cpu", "--name", "torn"]
 
 
+@scenario("CHECKPOINT_INCOMPLETE")
+def _(place: Place) -> list[Any]:
+    place.damaged()
+    command = [*TRAIN, "--d-sae", "32", "--tokens", "8k"]
+    with pytest.MonkeyPatch.context() as patch:
+        polls = iter(range(2))
+        patch.setattr(interrupt, "stop_requested", lambda: None if next(polls, None) is not None else 2)
+        assert nsae("--workspace", place.workspace, *command).code == 130
+    [state] = place.workspace.glob("saes/*/checkpoints/step-*/state.safetensors")
+    items = load_file(state, backend="pread")
+    save_file({key: item for key, item in items.items() if not key.endswith("/zero_rows")}, state)
+    files = state.with_name("files.json")
+    hashes = json.loads(files.read_text()) | {state.name: hashlib.sha256(state.read_bytes()).hexdigest()}
+    files.write_text(json.dumps(hashes))
+    return command
+
+
 @scenario("SHARD_MISSING")
 def _(place: Place) -> list[Any]:
     place.damaged()
@@ -112,18 +133,18 @@ def _(place: Place) -> list[Any]:
     return ["train", write_foreign(place.tmp / "foreign", make_rows(), [480], d_in=13), "--device", "cpu"]
 
 
-@scenario("DAMAGE_FOUND")
-def _(place: Place) -> list[Any]:
-    place.damaged()
-    flip(place.store / "shard-00000.safetensors")
-    return ["verify"]
-
-
 @scenario("CONTENT_CHANGED")
 def _(place: Place) -> list[Any]:
     place.damaged()
     flip(place.store / "shard-00000.safetensors")
     return TRAIN
+
+
+@scenario("DAMAGE_FOUND")
+def _(place: Place) -> list[Any]:
+    place.damaged()
+    flip(place.store / "shard-00000.safetensors")
+    return ["verify", place.store.name]
 
 
 @scenario("SAE_INVALID")

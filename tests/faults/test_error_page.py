@@ -96,9 +96,6 @@ def test_templates_name_values_and_resolve_constants() -> None:
         "NOT_AN_ARTIFACT",
         "{folder} holds no manifest.json: it is not an activation store; make one with `nsae collect`",
     ) in found
-    assert (
-        "SHARD_MISSING",
-        "{path}: the file is missing; make the store whole: {redo}",
-    ) in found
+    assert ("SHARD_MISSING", "{path}: the file is missing; {remedy}") in found
     assert ("OPTION_VALUE", "--{option} {value}: expected each value once") in found
     assert ("LAYER_NOT_THERE", "--layers {text}: {part} runs backwards; write the smaller layer first") in found

@@ -112,7 +112,7 @@ def test_truncated_shards_say_what_was_expected(full, kept):
     path.write_bytes(intact[:kept])
     with pytest.raises(ArtifactError, match=f"expected {len(intact):,}") as raised:
         read_everything(full)
-    assert "get the shard again" in str(raised.value)
+    assert "get it again from where the store came from" in str(raised.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 8, b"\xff" * 64, b"\x80\x04\x95pickle"])

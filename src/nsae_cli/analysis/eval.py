@@ -100,6 +100,9 @@ def run_eval(
         ]
         done = {job.name: document for job in jobs if (document := job.earlier()) is not None}
         waiting = [job for job in jobs if job.name not in done]
+        for job in jobs:
+            if job.name in done:
+                workspace.tidy(job.artifact.path)
         if done and waiting:
             reporter.note(f"{len(done)} of {len(jobs)} evaluations are already complete")
         fresh: dict[str, dict[str, Any]] = {}

@@ -90,7 +90,7 @@ def run_top_norms(
         _analyse(sae, activations, options, workspace, check_name(own_name), reporter)
         for sae, own_name in zip(saes, result_names(saes, name), strict=True)
     ]
-    comparison = _draw_together(saes, results, workspace, name) if len(results) > 1 else []
+    comparison = _draw_together(saes, results, workspace, name, reporter) if len(results) > 1 else []
     return TopNormsAnalysis(results, comparison)
 
 
@@ -116,6 +116,7 @@ def _analyse(
     if (folder / Kind.TOP_NORMS.mark).is_file():
         document = read_document(artifact, required=("sae", "activations", "options", "groups"))
         if all(document[key] == value for key, value in wanted.items()):
+            workspace.tidy(folder)
             return TopNormsArtifact(artifact, document, figures, already_complete=True)
         raise catalogue.NAME_TAKEN(
             f"--name {name} holds another analysis ({_difference(document, wanted)}); choose another --name"
@@ -177,7 +178,11 @@ def store_of(saved: SavedSae, activations: str | None, workspace: Workspace) -> 
 
 
 def _draw_together(
-    saes: Sequence[Artifact], results: Sequence[TopNormsArtifact], workspace: Workspace, name: str | None
+    saes: Sequence[Artifact],
+    results: Sequence[TopNormsArtifact],
+    workspace: Workspace,
+    name: str | None,
+    reporter: Reporter,
 ) -> list[Path]:
     """Several SAEs in one figure per quantity, beside their artifacts: top-norms/NAME-l0.png; returns the paths."""
     groups = {sae.name.partition("/")[0] for sae in saes}
@@ -185,13 +190,17 @@ def _draw_together(
     folder = workspace.root / Kind.TOP_NORMS.folder
     paths = [folder / f"{stem}-l0.png", folder / f"{stem}-l1.png"]
     if all(result.already_complete for result in results) and all(path.is_file() for path in paths):
+        workspace.tidy(folder / stem)
         return paths
     loaded: list[tuple[str, dict[str, np.ndarray], dict[str, Any]]] = [
         (sae.path.name, load_rows(result.artifact, result.document), result.document)
         for sae, result in zip(saes, results, strict=True)
     ]
-    save_png(compare_histograms(loaded, "l0"), paths[0])
-    save_png(compare_histograms(loaded, "l1"), paths[1])
+    with workspace.writing(folder / stem, reporter):
+        for path in paths:
+            commit.remove_leftovers(folder, path.name)
+        save_png(compare_histograms(loaded, "l0"), paths[0])
+        save_png(compare_histograms(loaded, "l1"), paths[1])
     return paths
 
 

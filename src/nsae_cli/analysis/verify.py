@@ -143,8 +143,8 @@ def _find(references: Sequence[str], workspace: Workspace) -> list[_Target]:
         targets = targets or _of_path(Path(reference), workspace)
         if not targets:
             raise catalogue.NOT_FOUND(
-                f"no artifact named {reference[:80]!r} in {workspace.root} and no such path; give a name that "
-                f"`nsae list` shows"
+                f"no artifact named {reference[:80]!r} in {workspace.root} and no such path; "
+                f"give a name that `nsae list` shows"
             )
         found |= {target.path: target for target in targets}
     return list(found.values())

@@ -56,6 +56,14 @@ PROGRESS_DAMAGED = Entry(
     "options its shards were made with.",
     "Delete the store's folder and run `nsae collect` again.",
 )
+CHECKPOINT_INCOMPLETE = Entry(
+    "checkpoint-incomplete",
+    ArtifactError,
+    "A checkpoint of a training run is undamaged but lacks an item, or holds one of another shape: another version of "
+    "nsae wrote it. Nothing is made up for what is missing.",
+    "Delete the checkpoint's folder, `checkpoints/step-N`, and run the same command again: it goes on from the "
+    "checkpoint before, or from the beginning.",
+)
 SHARD_MISSING = Entry(
     "shard-missing",
     ArtifactError,

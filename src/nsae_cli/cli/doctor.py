@@ -8,7 +8,7 @@ from nsae_cli.cli.session import session_of
 
 
 def command(context: typer.Context) -> None:
-    """Look at this installation and machine: what a bug report needs.
+    """Look at this installation and this machine.
 
     Versions, processor, memory, GPUs, kernels, workspace, the Hugging Face hub and its cache, and environment variables
     that change results. Each is ok, a note or a problem, with what to do about it. Secrets, the home folder and the

@@ -20,7 +20,7 @@ def command(
         typer.Option("--repair", help="Drop what is damaged, so that the command that made it makes that part again."),
     ] = False,
 ) -> None:
-    """Re-check artifacts from their bytes: seals, hashes, shapes, norms, leftovers.
+    """Check artifacts again, byte by byte.
 
     Ends with exit code 3 if something is damaged and not repaired. What is only unfinished is no damage.
     """

@@ -129,7 +129,9 @@ def _held_inodes() -> set[int] | None:
 
 def _leftovers(root: Path) -> Iterator[Check]:
     """Temporary files and folders, as `store.commit.remove_leftovers` finds them."""
-    patterns = [f"{depth}{name}" for depth in ("*/*/", "*/*/*/", "*/*/*/*/") for name in (".*.tmp", "*.tmp-*")]
+    patterns = [
+        f"{depth}{name}" for depth in ("*/*/", "*/*/*/", "*/*/*/*/") for name in (".*.tmp", "*.tmp-*", ".tmp??????")
+    ]
     found = {path for pattern in patterns for path in root.glob(pattern)}
     if found:
         files = [file for path in found for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]

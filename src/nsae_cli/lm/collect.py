@@ -84,12 +84,13 @@ def collect(config: CollectConfig, workspace: Workspace, reporter: Reporter) -> 
             if has_leftovers(artifact.path):
                 with workspace.writing(artifact.path, reporter):
                     remove_leftovers(artifact.path)
+            workspace.tidy(artifact.path)
             return found
+        require_writable(artifact.path)
         with workspace.writing(artifact.path, reporter):
             # Looked at again: another process may have completed it just now.
             if (found := _complete(artifact, options, reporter)) is not None:
                 return found
-            require_writable(artifact.path)
             tokenizer = load_tokenizer(info)
             plan = _plan(resolved, info, corpus, tokenizer)
             free = check_space(plan, artifact.path)

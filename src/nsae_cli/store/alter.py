@@ -112,6 +112,7 @@ def alter_store(
         if has_leftovers(artifact.path):
             with workspace.writing(artifact.path, reporter):
                 remove_leftovers(artifact.path)
+        workspace.tidy(artifact.path)
         return AlteredStore(artifact, manifest, already_complete=True)
     with workspace.writing(artifact.path, reporter):
         return _write_altered(store, options, artifact, change, reporter)

@@ -254,9 +254,15 @@ def append_line(path: Path, line: str) -> None:
             os.fsync(file.fileno())
 
 
-def leftovers(folder: Path) -> list[Path]:
-    """Temporary files and folders in `folder`: half-written by a run that was killed, or by one that runs."""
-    return [*folder.glob(".*.tmp"), *folder.glob("*.tmp-*")]
+def leftovers(folder: Path, name: str = "*") -> list[Path]:
+    """Temporary files and folders in `folder`: half-written by a run that was killed, or by one that runs.
+
+    Args:
+        name: only those that would have become the file or folder of this name.
+    """
+    # safetensors writes under a name of its own, .tmp and six characters, before it gives a file the one asked for.
+    own = folder.glob(".tmp??????") if name == "*" else ()
+    return [*folder.glob(f".{name}.*.tmp"), *folder.glob(f"{name}.tmp-*"), *own]
 
 
 def sync(path: Path) -> None:
@@ -267,9 +273,9 @@ def sync(path: Path) -> None:
             os.fsync(file.fileno())
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes temporary files and folders that a killed run left behind."""
-    for leftover in leftovers(folder):
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Removes temporary files and folders that a killed run left behind; `name` as in `leftovers`."""
+    for leftover in leftovers(folder, name):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:

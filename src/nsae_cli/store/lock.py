@@ -90,6 +90,24 @@ def writing(folder: Path, reporter: Reporter, *, break_lock: bool = False) -> It
                 parent.rmdir()
 
 
+def remove_abandoned(folder: Path) -> None:
+    """Removes the lock file of a process of this machine that was killed once its artifact was complete.
+
+    Nobody takes the lock of a complete artifact any more, so that the file would stay. One that is held, or that
+    another machine has left, is let alone.
+    """
+    path = lock_path(folder)
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            holder = Holder.read(descriptor)
+            if _still_named(descriptor, path) and (holder is None or holder.host == socket.gethostname()):
+                path.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
+
+
 def _acquire(path: Path, name: str, reporter: Reporter, break_lock: bool) -> int:
     while True:
         with commit.disk_errors(path):

@@ -296,25 +296,23 @@ class ActivationStore:
     def _open(self, shard: int) -> Iterator[Any]:
         entry = self.manifest.shards[shard]
         path = self.path / entry.file
-        redo = self._remedy()
+        remedy = self._remedy()
         if path.is_symlink():
             raise catalogue.SHARD_LINK(
                 f"{path} is a symbolic link; a store's shards must be files of its own, copy it there"
             )
         if not path.is_file():
-            raise catalogue.SHARD_MISSING(f"{path}: the file is missing; make the store whole: {redo}")
+            raise catalogue.SHARD_MISSING(f"{path}: the file is missing; {remedy}")
         size = path.stat().st_size
         if entry.bytes is not None and size != entry.bytes:
-            raise catalogue.SHARD_SIZE(
-                f"{path}: {size:,} bytes, expected {entry.bytes:,}; make the store whole: {redo}"
-            )
+            raise catalogue.SHARD_SIZE(f"{path}: {size:,} bytes, expected {entry.bytes:,}; {remedy}")
         try:
             # pread, not mmap: a file that shrinks under a memory map kills the process without a word.
             with safe_open(path, framework="pt", backend="pread") as file:
                 yield file
         except (SafetensorError, OSError) as error:
             raise catalogue.SHARD_UNREADABLE(
-                f"{path}: not a readable safetensors file ({str(error).splitlines()[0]}); make the store whole: {redo}"
+                f"{path}: not a readable safetensors file ({str(error).splitlines()[0]}); {remedy}"
             ) from error
 
     def read(self, shard: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -370,7 +368,7 @@ class ActivationStore:
     def _remedy(self) -> str:
         """What to do about a damaged shard, for messages."""
         if self.manifest.command is None and not self.manifest.altered:
-            return "get the shard again from where the store came from"
+            return "the shard is damaged; get it again from where the store came from"
         command = "alter" if self.manifest.altered else "collect"
         repair = f"run `nsae verify --repair {self.path}`, then the same `nsae {command}` again"
         return f"{repair}: only this shard is made anew"
@@ -393,9 +391,10 @@ class ActivationStore:
             return
         if not self._verified.knows(self.path / entry.file, name):
             if commit.tensor_sha256(tensor) != entry.tensors[name]:
+                remedy = self._remedy()
                 raise catalogue.CONTENT_CHANGED(
                     f"{self.path / entry.file}: the content of {name} is not what was written (SHA-256 differs); "
-                    f"make the store whole: {self._remedy()}"
+                    f"{remedy}"
                 )
             self._verified.remember(self.path / entry.file, name)
 

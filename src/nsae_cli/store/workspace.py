@@ -79,6 +79,10 @@ class Workspace:
         """
         return lock.writing(folder, reporter, break_lock=self.break_lock)
 
+    def tidy(self, folder: Path) -> None:
+        """Removes the lock that a process left beside a complete artifact because it was killed in its last moment."""
+        lock.remove_abandoned(folder)
+
     def folder(self, kind: Kind, name: str) -> Path:
         """Where the artifact `name` of `kind` lives, whether it exists or not."""
         return self.root / kind.folder / name

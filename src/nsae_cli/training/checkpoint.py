@@ -136,7 +136,7 @@ class Checkpoints:
         for key, tensor in tensors.items():
             cell, _, name = key.partition("/")
             cells.setdefault(cell, {})[name] = tensor
-        logs = {cell: state.pop(_LOG).numpy().tobytes() for cell, state in cells.items()}
+        logs = {cell: state.pop(_LOG).numpy().tobytes() for cell, state in cells.items() if _LOG in state}
         return Checkpoint(step, cells, logs)
 
     def clear(self) -> None:

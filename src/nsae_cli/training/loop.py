@@ -72,6 +72,7 @@ def train(
         if plan.has_leftovers():
             with workspace.writing(plan.folder, reporter):
                 plan.remove_leftovers()
+        workspace.tidy(plan.folder)
         return TrainResult(plan.name, artifacts, [finished[cell] for cell in plan.configs], already_complete=True)
     with workspace.writing(plan.folder, reporter):
         # Looked at again: another process may have trained on just now.

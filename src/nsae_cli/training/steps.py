@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nsae_cli import interrupt
+from nsae_cli import catalogue, interrupt
 from nsae_cli.errors import Interrupted, NumericalError
 from nsae_cli.reporter import Reporter, Task
 from nsae_cli.store.batches import Batch, HookRows
@@ -51,21 +51,38 @@ class StepLoop:
         self._stream_states: dict[str, dict[str, torch.Tensor]] = {}
 
     def restore(self, checkpoint: Checkpoint | None) -> int:
-        """Loads a checkpoint, or initialises the cells; returns the number of steps done."""
+        """Loads a checkpoint, or initialises the cells; returns the number of steps done.
+
+        Raises:
+            ArtifactError: the checkpoint lacks an item, or holds one of another shape.
+        """
         if checkpoint is None:
             initialise_cells(self._cells, self._streams)
         for name, cell in self._cells.items():
-            if checkpoint is not None:
-                cell.load_state(checkpoint.cells[name])
-                self._streams[stream_key(cell.config)].load_state(checkpoint.cells[name])
-                self._probes[name].load_state(checkpoint.cells[name])
-            content = b"" if checkpoint is None else checkpoint.logs[name]
+            content = b"" if checkpoint is None else self._load(checkpoint, name, cell)
             self._logs[name] = MetricsLog(self._plan.cell_folder(name) / "metrics.jsonl", content)
         self._note_stream_states()
         if checkpoint is None:
             return 0
         self._reporter.note(f"going on from the checkpoint at step {checkpoint.step:,}")
         return checkpoint.step
+
+    def _load(self, checkpoint: Checkpoint, name: str, cell: Cell) -> bytes:
+        """Loads what a cell goes on from; returns its metrics.jsonl. Nothing is made up for what is missing."""
+        try:
+            state = checkpoint.cells[name]
+            cell.load_state(state)
+            self._streams[stream_key(cell.config)].load_state(state)
+            self._probes[name].load_state(state)
+            return checkpoint.logs[name]
+        except (KeyError, RuntimeError, ValueError) as error:
+            folder = self._plan.checkpoints.folder / f"step-{checkpoint.step}"
+            missing = isinstance(error, KeyError)
+            what = f"lacks {error.args[0]}" if missing else f"holds what does not fit ({str(error).splitlines()[0]})"
+            raise catalogue.CHECKPOINT_INCOMPLETE(
+                f"the checkpoint {folder} {what}; delete it and run the same command again, which goes on from the "
+                f"one before"
+            ) from error
 
     def run(self, first_step: int) -> None:
         """Takes the steps from `first_step` to the end and saves a checkpoint there: the evaluation may be stopped.
