@@ -79,7 +79,7 @@ _STAGES = [
         resumes="step",
     ),
     Stage("analyze-top-norms", ("analyze-top-norms", "grid", "--top", "5%"), after=("collect", "train grid")),
-    Stage("alter", ("alter", "acts", "--permute-norms", "--name", "permuted"), after=("collect",)),
+    Stage("alter", ("alter", "acts", "--permute-norms", "--name", "permuted"), after=("collect",), resumes="shard"),
     Stage(
         "eval",
         ("eval", "one", "--model", "{inputs}/tiny-gpt2", "--corpus", "{inputs}/corpus", "--tokens", "500",
