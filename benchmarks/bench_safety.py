@@ -38,6 +38,7 @@ from nsae_cli.store.shards import VERIFIED, StoreWriter
 from nsae_cli.store.workspace import Artifact, Kind, Workspace
 from nsae_cli.training.checkpoint import CheckpointWriter
 from nsae_cli.training.loop import train
+from nsae_cli.training.steps import StepLoop
 from record import append_rows, describe, spread, today
 
 CSV = Path(__file__).parent / "data" / "safety.csv"
@@ -131,8 +132,6 @@ class Training:
 def waits() -> Iterator[list[float]]:
     """Seconds that training has waited at each checkpoint on the way, the copy included."""
     found: list[float] = []
-    from nsae_cli.training.steps import StepLoop
-
     state, save_later = StepLoop._state, CheckpointWriter.save_later
     copied = [0.0]
 

@@ -63,7 +63,7 @@ def run_audit(
         if (artifact.path / Kind.AUDIT.mark).is_file():
             document = read_document(artifact, required=("sae", "rows", "options", "metrics"))
             _require_same(artifact_name, document, wanted)
-            workspace.tidy(artifact.path)
+            workspace.tidy(artifact.path, reporter)
             return AuditResult(artifact, document, already_complete=True)
         with workspace.writing(artifact.path, reporter):
             document = Audit(sae_name, found, compared, options, store, setting, reporter).run(wanted)

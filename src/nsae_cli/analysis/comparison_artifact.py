@@ -75,7 +75,7 @@ def run_compare(
         figures = [folder / figure for figure in document["figures"] if is_plain_name(figure)]
         _refuse_another(name, document, wanted)
         if document["inputs"] == inputs and all(figure.is_file() for figure in figures):
-            workspace.tidy(folder)
+            workspace.tidy(folder, reporter)
             return TableArtifact(table, document, figures, already_complete=True)
         reporter.note(f"inputs of {name} have changed: made again")
         outdated = figures

@@ -102,7 +102,7 @@ def run_eval(
         waiting = [job for job in jobs if job.name not in done]
         for job in jobs:
             if job.name in done:
-                workspace.tidy(job.artifact.path)
+                workspace.tidy(job.artifact.path, reporter)
         if done and waiting:
             reporter.note(f"{len(done)} of {len(jobs)} evaluations are already complete")
         fresh: dict[str, dict[str, Any]] = {}

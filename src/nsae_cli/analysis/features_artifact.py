@@ -65,7 +65,7 @@ def find_or_measure_features(
     if mark.is_file():
         document = read_document(artifact, required=("sae", "activations", "options", "tokens"))
         if all(document[key] == value for key, value in wanted.items()):
-            workspace.tidy(artifact.path)
+            workspace.tidy(artifact.path, reporter)
             return FeaturesArtifact(artifact, document, _load(artifact, document))
         reporter.note(f"{artifact.path} is of other rows, options or weights: measured again")
     with workspace.writing(artifact.path, reporter):

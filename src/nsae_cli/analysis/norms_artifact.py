@@ -69,7 +69,7 @@ def run_norms(
             other = f"an earlier {found}" if found == store.name else f"{found}, not of {store.name}"
             raise catalogue.NAME_TAKEN(f"--name {name} holds the norms of {other}; choose another --name")
         if not options.probe or all(hook["probe"] is not None for hook in document["hooks"]):
-            workspace.tidy(folder)
+            workspace.tidy(folder, reporter)
             return NormsArtifact(artifact, document, figures, already_complete=True)
     with workspace.writing(folder, reporter):
         document = _measure(store, options, folder, figures, reporter)

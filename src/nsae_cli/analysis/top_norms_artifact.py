@@ -116,7 +116,7 @@ def _analyse(
     if (folder / Kind.TOP_NORMS.mark).is_file():
         document = read_document(artifact, required=("sae", "activations", "options", "groups"))
         if all(document[key] == value for key, value in wanted.items()):
-            workspace.tidy(folder)
+            workspace.tidy(folder, reporter)
             return TopNormsArtifact(artifact, document, figures, already_complete=True)
         raise catalogue.NAME_TAKEN(
             f"--name {name} holds another analysis ({_difference(document, wanted)}); choose another --name"
@@ -190,7 +190,7 @@ def _draw_together(
     folder = workspace.root / Kind.TOP_NORMS.folder
     paths = [folder / f"{stem}-l0.png", folder / f"{stem}-l1.png"]
     if all(result.already_complete for result in results) and all(path.is_file() for path in paths):
-        workspace.tidy(folder / stem)
+        workspace.tidy(folder / stem, reporter)
         return paths
     loaded: list[tuple[str, dict[str, np.ndarray], dict[str, Any]]] = [
         (sae.path.name, load_rows(result.artifact, result.document), result.document)

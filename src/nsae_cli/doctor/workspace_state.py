@@ -11,6 +11,7 @@ from pathlib import Path
 from nsae_cli.doctor.check import Check, note, ok, problem
 from nsae_cli.errors import ResourceError
 from nsae_cli.report.format import size_in_bytes
+from nsae_cli.store import commit
 from nsae_cli.store.workspace import Kind, Workspace
 from nsae_cli.store.writable import nearest_existing, require_writable
 
@@ -128,11 +129,9 @@ def _held_inodes() -> set[int] | None:
 
 
 def _leftovers(root: Path) -> Iterator[Check]:
-    """Temporary files and folders, as `store.commit.remove_leftovers` finds them."""
-    patterns = [
-        f"{depth}{name}" for depth in ("*/*/", "*/*/*/", "*/*/*/*/") for name in (".*.tmp", "*.tmp-*", ".tmp??????")
-    ]
-    found = {path for pattern in patterns for path in root.glob(pattern)}
+    """Temporary files and folders in artifacts, their cells and their checkpoints."""
+    folders = [folder for depth in ("*/*/", "*/*/*/", "*/*/*/*/") for folder in root.glob(depth)]
+    found = {path for folder in folders for path in commit.leftovers(folder)}
     if found:
         files = [file for path in found for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
         size = sum(file.stat().st_size for file in files)

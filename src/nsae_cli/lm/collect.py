@@ -32,7 +32,7 @@ from nsae_cli.lm.shard_buffer import ShardBuffer
 from nsae_cli.lm.tokenizing import TextTokenizer, load_tokenizer
 from nsae_cli.reporter import Reporter
 from nsae_cli.store.manifest import MANIFEST, Manifest, read_manifest
-from nsae_cli.store.shards import StoreWriter, describe_changes, has_leftovers, remove_leftovers
+from nsae_cli.store.shards import StoreWriter, describe_changes, unneeded_files
 from nsae_cli.store.workspace import Artifact, Kind, Workspace, config_hash, log_timing
 from nsae_cli.store.writable import require_writable
 
@@ -81,10 +81,7 @@ def collect(config: CollectConfig, workspace: Workspace, reporter: Reporter) -> 
         artifact = Artifact(Kind.ACTIVATIONS, name, workspace.folder(Kind.ACTIVATIONS, name))
 
         if (found := _complete(artifact, options, reporter)) is not None:
-            if has_leftovers(artifact.path):
-                with workspace.writing(artifact.path, reporter):
-                    remove_leftovers(artifact.path)
-            workspace.tidy(artifact.path)
+            workspace.tidy(artifact.path, reporter, unneeded_files(artifact.path))
             return found
         require_writable(artifact.path)
         with workspace.writing(artifact.path, reporter):

@@ -24,7 +24,7 @@ from nsae_cli.store.batches import stable_seed
 from nsae_cli.store.contexts import Contexts
 from nsae_cli.store.manifest import MANIFEST, Manifest, describe_alterations, read_manifest
 from nsae_cli.store.profile import HookProfile, profile_hook
-from nsae_cli.store.shards import ActivationStore, StoreWriter, has_leftovers, open_activations, remove_leftovers
+from nsae_cli.store.shards import ActivationStore, StoreWriter, open_activations, unneeded_files
 from nsae_cli.store.workspace import Artifact, Kind, Workspace, check_name, log_timing
 from nsae_cli.values import Size
 
@@ -109,10 +109,7 @@ def alter_store(
         latest = manifest.altered[-1] if manifest.altered else {}
         if {key: latest.get(key) for key in change} != change:
             raise catalogue.NAME_TAKEN(f"--name {name} is another store; choose another --name")
-        if has_leftovers(artifact.path):
-            with workspace.writing(artifact.path, reporter):
-                remove_leftovers(artifact.path)
-        workspace.tidy(artifact.path)
+        workspace.tidy(artifact.path, reporter, unneeded_files(artifact.path))
         return AlteredStore(artifact, manifest, already_complete=True)
     with workspace.writing(artifact.path, reporter):
         return _write_altered(store, options, artifact, change, reporter)

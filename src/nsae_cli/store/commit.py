@@ -43,7 +43,14 @@ def _operation(name: str, path: Path) -> None:
         fault_hook(name, path)
 
 
+def _fsync_file(path: Path) -> None:
+    _operation("fsync", path)
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 def _fsync_folder(folder: Path) -> None:
+    _operation("fsync-folder", folder)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -103,7 +110,6 @@ def make_folder(folder: Path) -> None:
         for path in reversed(new):
             _operation("mkdir", path)
             path.mkdir(exist_ok=True)
-            _operation("fsync-folder", path.parent)
             _fsync_folder(path.parent)
         if not folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
@@ -123,12 +129,9 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
         with disk_errors(path):
             _operation("write", temporary)
             write(temporary)
-            _operation("fsync", temporary)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
+            _fsync_file(temporary)
             _operation("rename", path)
             temporary.replace(path)
-            _operation("fsync-folder", path.parent)
             _fsync_folder(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -192,11 +195,9 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 def rename_folder(temporary: Path, final: Path) -> None:
     """Gives a folder whose files are durable its final name; replaces nothing."""
     with disk_errors(final):
-        _operation("fsync-folder", temporary)
         _fsync_folder(temporary)
         _operation("rename", final)
         os.rename(temporary, final)
-        _operation("fsync-folder", final.parent)
         _fsync_folder(final.parent)
 
 
@@ -206,7 +207,6 @@ def set_aside(path: Path) -> Path:
     with disk_errors(path):
         _operation("rename", path)
         path.replace(aside)
-        _operation("fsync-folder", path.parent)
         _fsync_folder(path.parent)
     return aside
 
@@ -268,9 +268,7 @@ def leftovers(folder: Path, name: str = "*") -> list[Path]:
 def sync(path: Path) -> None:
     """Makes durable what was appended to a file without a flush to the disk."""
     with disk_errors(path):
-        _operation("fsync", path)
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
+        _fsync_file(path)
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:

@@ -90,6 +90,14 @@ class Manifest(_Frozen):
                 raise ValueError(f"{label} names one entry twice")
         return self
 
+    def layout(self, tensor: str, rows: int) -> tuple[tuple[int, ...], tuple[torch.dtype, ...]]:
+        """Shape of a tensor in a shard of so many rows, and the dtypes that it may have; the first is the usual one."""
+        if tensor in self.hooks:
+            return (rows, self.d_in), (self.torch_dtype,)
+        if tensor == "norms":
+            return (rows, len(self.norm_hooks or [])), (torch.float32,)
+        return (rows,), (torch.int32, torch.int64, torch.int16)
+
     @property
     def torch_dtype(self) -> torch.dtype:
         """The storage dtype."""

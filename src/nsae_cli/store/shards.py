@@ -156,15 +156,9 @@ class StoreWriter:
         self._entries[index] = entry
 
 
-def has_leftovers(folder: Path) -> bool:
-    """Whether a run that was killed right after it had completed the store left something that is not needed."""
-    return (folder / PROGRESS).exists() or bool(commit.leftovers(folder))
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Removes what `has_leftovers` finds in a complete store's folder."""
-    commit.remove_leftovers(folder)
-    commit.remove_file(folder / PROGRESS)
+def unneeded_files(folder: Path) -> list[Path]:
+    """What a run that was killed right after it had completed the store left in its folder."""
+    return [*commit.leftovers(folder), *folder.glob(PROGRESS)]
 
 
 def _progress_line(entry: ShardEntry) -> str:
@@ -374,14 +368,7 @@ class ActivationStore:
         return f"{repair}: only this shard is made anew"
 
     def _check(self, entry: ShardEntry, name: str, tensor: torch.Tensor) -> None:
-        shape: tuple[int, ...]
-        dtypes: tuple[torch.dtype, ...]
-        if name in self.manifest.hooks:
-            shape, dtypes = (entry.rows, self.manifest.d_in), (self.manifest.torch_dtype,)
-        elif name == "norms":
-            shape, dtypes = (entry.rows, len(self.manifest.norm_hooks or [])), (torch.float32,)
-        else:
-            shape, dtypes = (entry.rows,), (torch.int32, torch.int64, torch.int16)
+        shape, dtypes = self.manifest.layout(name, entry.rows)
         if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
             raise catalogue.SHARD_MISMATCH(
                 f"{self.path / entry.file}: {name} is {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}, "

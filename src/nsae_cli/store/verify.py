@@ -19,7 +19,8 @@ from nsae_cli.store.shards import PROGRESS, progress_text, read_progress, shard_
 _ROWS = 8192
 #: Relative error of a norm that was summed up in float32, with room to spare.
 _NORM_SLACK = 1e-4
-_INDEX_DTYPES = (torch.int32, torch.int64, torch.int16)
+#: What a shard holds of its rows beside their vectors.
+_PER_ROW = ("norms", "tokens", "positions", "documents")
 
 
 @dataclass
@@ -138,7 +139,7 @@ class _Shard:
             elif name in hooks:
                 squares[name], bad = _square_norms(tensor)
                 nonfinite |= bad
-            elif name in ("norms", "tokens", "positions", "documents"):
+            elif name in _PER_ROW:
                 index[name] = tensor
         if manifest is None or not whole:
             return last_document
@@ -148,20 +149,13 @@ class _Shard:
         return self._index(index, manifest, last_document)
 
     def _shape(self, name: str, tensor: torch.Tensor, manifest: Manifest) -> bool:
-        shape: list[int]
-        dtypes: tuple[torch.dtype, ...]
-        if name in manifest.hooks:
-            shape, dtypes = [self.entry.rows, manifest.d_in], (manifest.torch_dtype,)
-        elif name == "norms":
-            shape, dtypes = [self.entry.rows, len(manifest.norm_hooks or [])], (torch.float32,)
-        elif name in ("tokens", "positions", "documents"):
-            shape, dtypes = [self.entry.rows], _INDEX_DTYPES
-        else:
+        if name not in manifest.hooks and name not in _PER_ROW:
             return True
-        if list(tensor.shape) == shape and tensor.dtype in dtypes:
+        shape, dtypes = manifest.layout(name, self.entry.rows)
+        if tuple(tensor.shape) == shape and tensor.dtype in dtypes:
             return True
         found, expected = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, dtypes[0]))
-        self._damaged(f"{name} is {list(tensor.shape)} {found}, the manifest says {shape} {expected}")
+        self._damaged(f"{name} is {list(tensor.shape)} {found}, the manifest says {list(shape)} {expected}")
         return False
 
     def _norms(self, norms: torch.Tensor | None, squares: dict[str, torch.Tensor], manifest: Manifest) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 from nsae_cli import catalogue
 from nsae_cli.reporter import Reporter
-from nsae_cli.store import lock
+from nsae_cli.store import commit, lock
 
 DEFAULT_WORKSPACE = "nsae-runs"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,119}")
@@ -79,8 +79,21 @@ class Workspace:
         """
         return lock.writing(folder, reporter, break_lock=self.break_lock)
 
-    def tidy(self, folder: Path) -> None:
-        """Removes the lock that a process left beside a complete artifact because it was killed in its last moment."""
+    def tidy(self, folder: Path, reporter: Reporter, unneeded: Sequence[Path] = ()) -> None:
+        """Removes what a process left in or beside a complete artifact because it was killed in its last moment.
+
+        Args:
+            folder: the artifact's.
+            reporter: see `writing`.
+            unneeded: files and folders there that no complete artifact has; its lock is always looked at.
+
+        Raises:
+            BusyError: there is something to remove, and another process is writing there.
+        """
+        if unneeded:
+            with self.writing(folder, reporter):
+                for path in unneeded:
+                    (commit.remove_folder if path.is_dir() else commit.remove_file)(path)
         lock.remove_abandoned(folder)
 
     def folder(self, kind: Kind, name: str) -> Path:

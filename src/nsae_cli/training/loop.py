@@ -69,10 +69,7 @@ def train(
     artifacts = [plan.artifact(cell) for cell in plan.configs]
     finished = find_finished(plan)
     if finished.keys() == plan.configs.keys():
-        if plan.has_leftovers():
-            with workspace.writing(plan.folder, reporter):
-                plan.remove_leftovers()
-        workspace.tidy(plan.folder)
+        workspace.tidy(plan.folder, reporter, plan.unneeded_files())
         return TrainResult(plan.name, artifacts, [finished[cell] for cell in plan.configs], already_complete=True)
     with workspace.writing(plan.folder, reporter):
         # Looked at again: another process may have trained on just now.

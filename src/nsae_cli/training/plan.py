@@ -67,16 +67,11 @@ class TrainPlan:
         """Where the run's checkpoints are."""
         return Checkpoints(self.folder / "checkpoints")
 
-    def has_leftovers(self) -> bool:
-        """Whether a run that was killed in its very last moment left something that is not needed."""
-        folders = (self.folder, *map(self.cell_folder, self.configs))
-        return self.checkpoints.folder.exists() or any(commit.leftovers(folder) for folder in folders)
-
-    def remove_leftovers(self) -> None:
-        """Removes what `has_leftovers` finds once every cell is complete."""
-        self.checkpoints.remove()
-        for folder in (self.folder, *map(self.cell_folder, self.configs)):
-            commit.remove_leftovers(folder)
+    def unneeded_files(self) -> list[Path]:
+        """What a run that was killed in its very last moment left, once every cell is complete."""
+        folders = {self.folder, *map(self.cell_folder, self.configs)}
+        checkpoints = [self.checkpoints.folder] if self.checkpoints.folder.exists() else []
+        return [*checkpoints, *(path for folder in sorted(folders) for path in commit.leftovers(folder))]
 
     def cell_folder(self, cell: str) -> Path:
         """Where a cell is saved: the run's own folder if it is the only one."""
