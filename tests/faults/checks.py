@@ -13,6 +13,8 @@ from command import contents
 
 #: Files that grow while a command works; whole only when their artifact is.
 _GROWING = ("progress.jsonl", "metrics.jsonl")
+#: Files that may change whatever a command does.
+PASSING = ("timings.jsonl", "verified.jsonl", "metrics.jsonl", "begun.json")
 #: The completion mark of the artifact that a growing file belongs to.
 _MARKS = {"progress.jsonl": "manifest.json", "metrics.jsonl": "run.json"}
 

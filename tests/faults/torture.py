@@ -91,6 +91,32 @@ def _small_disks(server: Server, stages: Stages, folder: Path) -> list[Tally]:
     return [full_disk.fill_small_file_systems(server, stages.get(name), folder, sizes=20) for name in _ON_DISKS]
 
 
+def _broken_reads(server: Server, stages: Stages, folder: Path) -> list[Tally]:
+    from broken_reads import Read, fail_reads
+
+    store, shard = "activations/acts/", "activations/acts/shard-00003.safetensors"
+    norms, trained, analysed = stages.get("norms"), stages.get("train"), stages.get("analyze-top-norms")
+    tallies = [
+        fail_reads(norms, norms.start, folder, [Read(f"{store}manifest.json", "read"), Read(shard, "pread64", 1),
+                                                Read(shard, "pread64", 2), Read(shard, "pread64", 3)]),
+        fail_reads(trained, trained.start, folder, [Read(shard, "pread64", number) for number in (1, 2)]),
+    ]  # fmt: skip
+    stopped = trained.begin(folder)
+    server.run(trained.trial(stopped, fault={"at": _operations(trained) * 3 // 4, "how": "kill"}))
+    newest = max(stopped.glob("saes/one/checkpoints/step-??/files.json")).parent.name  # steps of two digits
+    state = f"saes/one/checkpoints/{newest}/state.safetensors"
+    reads = [
+        Read(state, "read"),
+        Read(state, "pread64", 1),
+        Read(state, "pread64", 9),
+        Read("saes/one/checkpoints/begun.json", "read"),
+    ]
+    tallies.append(fail_reads(trained, stopped, folder, reads))
+    weights = "saes/grid/L2-relu/sae_weights.safetensors"
+    reads = [Read(weights, "pread64", 1), Read(weights, "pread64", 3), Read("saes/grid/L2-relu/run.json", "read")]
+    return [*tallies, fail_reads(analysed, analysed.start, folder, reads)]
+
+
 def _file_sizes(server: Server, stages: Stages, folder: Path) -> list[Tally]:
     sizes = [int(4096 * 1.35**n) for n in range(12)]
     return [full_disk.limit_file_size(server, stages.get(name), folder, sizes) for name in ("collect", "train")]
@@ -155,6 +181,7 @@ def parts() -> dict[str, Part]:
     found |= {
         "torn-log": _torn_log, "signals": _signals, "more-signals": _more_signals, "races": _races, "items": _items,
         "small-disks": _small_disks, "file-sizes": _file_sizes, "order": _order, "clock": _clock,
+        "broken-reads": _broken_reads,
     }  # fmt: skip
     return found
 

@@ -24,6 +24,7 @@ _ROWS = {
     "clock runs backwards": "the clock runs backwards; killed at an operation",
     "ENOSPC at an operation": "disk full from its 1st, 2nd, … operation on; and for one operation only",
     "EIO at fsync": "the disk fails at a flush (EIO)",
+    "a read fails (EIO)": "the disk fails at a read (EIO)",
     "file system full": "workspace on a small file system that becomes full",
     "file size limit": "files may not grow beyond a limit (ulimit -f)",
     "two processes, one folder": "two processes started on one folder within 10 ms",

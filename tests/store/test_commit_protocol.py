@@ -7,10 +7,12 @@ import itertools
 import json
 import os
 import stat
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from hand_store import make_rows, write_full
 from nsae_cli.errors import ArtifactError, ResourceError
@@ -156,8 +158,6 @@ def test_each_complaint_of_the_system_names_file_and_remedy(tmp_path, fault, cod
 
 
 def test_safetensors_own_words_for_a_full_disk_are_understood(tmp_path):
-    from safetensors import SafetensorError
-
     with pytest.raises(ResourceError, match="disk full"), commit.disk_errors(tmp_path / "x"):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
@@ -229,3 +229,41 @@ def test_a_line_after_one_that_lost_its_line_break_is_not_glued_to_it(tmp_path, 
     assert hook.seen[-1][0] == "write"
     lines = progress.read_text().splitlines()
     assert [json.loads(line)["file"] for line in lines[1:]] == [f"shard-0000{index}.safetensors" for index in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("error", "refused"),
+    [
+        (OSError(errno.EIO, "Input/output error"), True),
+        (SafetensorError("Could not read tensor x from file: Input/output error (os error 5)"), True),
+        (SafetensorError("Permission denied (os error 13)"), True),
+        (SafetensorError("Error while deserializing header: incomplete metadata, file not fully covered"), False),
+        (OSError(errno.ENOENT, "No such file or directory"), False),
+    ],
+)
+def test_a_disk_that_does_not_answer_is_no_damage(tmp_path, error, refused):
+    expected = (
+        pytest.raises(ResourceError, match=r"cannot read .*shard: \w+.*; check the disk") if refused else nullcontext()
+    )
+    with expected:
+        commit.refuse_unread(error, tmp_path / "shard")
+
+
+def test_a_checkpoint_that_cannot_be_read_is_kept(tmp_path, monkeypatch):
+    """Not damaged: a later try may find it whole."""
+    from nsae_cli.reporter import SilentReporter
+    from nsae_cli.training import checkpoint
+
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(3, {"c": {"x": torch.ones(2)}}, {"c": b"{}"})
+
+    def fails(*_: object, **__: object) -> None:
+        raise SafetensorError("Could not read tensor x from file: Input/output error (os error 5)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "load_file", fails)
+        with pytest.raises(ResourceError, match=r"state.safetensors: Input/output error"):
+            checkpoints.latest(SilentReporter())
+    found = checkpoints.latest(SilentReporter())
+    assert found is not None
+    assert found.step == 3

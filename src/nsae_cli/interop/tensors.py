@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from nsae_cli import catalogue
 from nsae_cli.kernels.types import Weights
 from nsae_cli.sae.autoencoder import SparseAutoencoder
+from nsae_cli.store import commit
 
 #: Sizes by letter; a shape is given as letters, ``nd`` for [d_sae, d_in].
 Sizes = Mapping[str, int]
@@ -42,6 +43,7 @@ def read_tensors(
     try:
         found = load_file(path, backend="pread")
     except (SafetensorError, OSError) as error:
+        commit.refuse_unread(error, path)
         reason = str(error).splitlines()[0]
         raise catalogue.FOREIGN_TENSORS(
             f"{path} cannot be read as safetensors ({reason}); get the file again"

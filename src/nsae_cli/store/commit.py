@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -73,12 +74,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def disk_error(error: Exception, path: Path) -> ResourceError:
     """What to raise for a write that failed."""
-    # safetensors reports system errors as text only: "... (os error 28)".
-    text = str(error)
-    code = error.errno if isinstance(error, OSError) else None
-    for candidate in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO, errno.ENOENT):
-        if f"(os error {candidate})" in text:
-            code = candidate
+    text, code = str(error), _system_code(error)
     what = f"cannot write {path.name} in {path.parent}"
     if code in (errno.ENOSPC, errno.EDQUOT):
         with contextlib.suppress(OSError):
@@ -97,6 +93,33 @@ def disk_error(error: Exception, path: Path) -> ResourceError:
         return catalogue.FOLDER_MISSING(f"the folder is missing or not a folder: {what}; check --workspace")
     reason = text.splitlines()[0] if text else type(error).__name__
     return catalogue.WRITE_FAILED(f"{what}: {reason}; check the disk and run the same command again")
+
+
+def _system_code(error: Exception) -> int | None:
+    """The operating system's number of an error; safetensors has it as text only: ``… (os error 28)``."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
+
+
+#: The system's reasons for not reading a file that is there. They say nothing about its content.
+_UNREADABLE = (
+    errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT,
+)  # fmt: skip
+
+
+def refuse_unread(error: Exception, path: Path) -> None:
+    """Tells a disk that does not answer from a file that is damaged: what cannot be read may be whole.
+
+    Raises:
+        ResourceError: the operating system could not read `path`; else the caller says what is wrong with its content.
+    """
+    code = _system_code(error)
+    if code in _UNREADABLE:
+        raise catalogue.READ_FAILED(
+            f"cannot read {path}: {os.strerror(code)}; check the disk and the file's permissions"
+        ) from error
 
 
 def make_folder(folder: Path) -> None:
@@ -289,9 +312,17 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Hex SHA-256 of a file.
+
+    Raises:
+        ResourceError: the operating system cannot read it.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        refuse_unread(error, path)
+        raise
 
 
 def read_json(path: Path) -> Any:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from nsae_cli import catalogue
+from nsae_cli.store import commit
 from nsae_cli.store.seal import FILES, repair
 
 
@@ -38,6 +39,7 @@ def read_data_file(path: Path, document: Mapping[str, Any], at_most: int | None 
             )
         content = path.read_bytes()
     except OSError as error:
+        commit.refuse_unread(error, path)
         reason = error.strerror or str(error).splitlines()[0]
         raise catalogue.RESULTS_DAMAGED(f"{path} cannot be read ({reason}); {repair(path)}") from error
     hashes = document.get(FILES)

@@ -147,6 +147,7 @@ def _read_tensors(
     try:
         tensors = load_file(path, backend="pread")
     except (SafetensorError, OSError) as error:
+        commit.refuse_unread(error, path)
         reason = str(error).splitlines()[0]
         raise catalogue.SAE_DAMAGED(f"{path} cannot be read ({reason}); the SAE is damaged, train it again") from error
     d_in, d_sae = config.get("d_in"), config.get("d_sae")

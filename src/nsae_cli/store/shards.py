@@ -305,6 +305,7 @@ class ActivationStore:
             with safe_open(path, framework="pt", backend="pread") as file:
                 yield file
         except (SafetensorError, OSError) as error:
+            commit.refuse_unread(error, path)
             raise catalogue.SHARD_UNREADABLE(
                 f"{path}: not a readable safetensors file ({str(error).splitlines()[0]}); {remedy}"
             ) from error

@@ -112,6 +112,7 @@ class _Shard:
             with safe_open(path, framework="pt", backend="pread") as file:
                 return self._tensors(file, last_document)
         except (SafetensorError, OSError) as error:
+            commit.refuse_unread(error, path)  # --repair must not drop what may be whole
             self._damaged(f"not a readable safetensors file ({str(error).splitlines()[0]})")
         return last_document
 

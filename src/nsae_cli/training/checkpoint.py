@@ -131,6 +131,7 @@ class Checkpoints:
         try:
             tensors = load_file(folder / "state.safetensors", backend="pread")
         except (SafetensorError, OSError) as error:
+            commit.refuse_unread(error, folder / "state.safetensors")
             raise _Damaged(str(error).splitlines()[0]) from error
         cells: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in tensors.items():
