@@ -181,6 +181,13 @@ def command(
     ] = None,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Only deterministic kernels (CUDA).")] = False,
     checkpoint_every: Annotated[str, typer.Option(metavar="TIME|STEPS", help="How often to save a checkpoint.")] = "5m",
+    log_to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="wandb|tensorboard|trackio",
+            help="Also send metrics.jsonl's records to these trackers, a comma list.",
+        ),
+    ] = None,
     name: Name = None,
 ) -> None:
     """Train sparse autoencoders on a store or a model.
