@@ -1,7 +1,7 @@
 # make demo   from a fresh clone to the first answer, offline after the installation
 # make test   the whole test suite, with lint and types
 # Both create .venv with pinned versions (constraints.txt). PYTHON and PIP_ARGS can be set on the command line.
-# make docs   docs/errors.md from the catalogue of errors; a test fails where it was forgotten
+# make docs   docs/errors.md from the catalogue of errors and docs/cli.md from the help; tests fail where it was forgotten
 # make torture   every fault of docs/reliability.md; about an hour on two cores, and goes on where it was stopped
 # make bench  every benchmark, peers included, in .venv-bench (constraints-peers.txt); hours. make bench-setup installs only.
 
@@ -33,6 +33,7 @@ torture: .venv/test.stamp
 
 docs: .venv/test.stamp
 	$(BIN)/python docs/generate_errors.py
+	$(BIN)/python docs/generate_cli.py
 
 .venv/demo.stamp: pyproject.toml constraints.txt $(NATIVE) | .venv/bin/python
 	@echo "installing nsae and its dependencies into .venv (several minutes the first time)"

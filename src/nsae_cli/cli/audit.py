@@ -56,11 +56,14 @@ def command(
         bool | None,
         typer.Option(
             "--centre/--no-centre",
-            help="It was trained on activations without their mean over d_in [default: found out].",
+            help="Whether it was trained on activations without their mean over d_in [default: found out].",
         ),
     ] = None,
     reference: Annotated[
-        str | None, typer.Option(metavar="SAE", help="An SAE on the same hook to compare nbi with (nbi_rel).")
+        str | None,
+        typer.Option(
+            metavar="SAE", help="An SAE on the same hook, with whose norm-bias index (nbi) its own is compared."
+        ),
     ] = None,
     model_dtype: ModelDType = "fp32",
     device: Device = "auto",

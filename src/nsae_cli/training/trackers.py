@@ -199,7 +199,7 @@ class Trackers:
                 act()
             except Exception as error:  # whatever goes wrong in somebody else's package, training goes on
                 self._failed.add(tracker)
-                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
                 self._reporter.warn(f"--log-to {tracker}: {reason}; going on without it, metrics.jsonl has every line")
 
     def _open(self, tracker: str, cell: str, followed: Followed, log: bytes) -> None:
