@@ -19,7 +19,7 @@ from nsae_cli.cli.app import main
 try:
     main()
 finally:
-    heavy = {{"torch", "transformers", "numpy", "pandas", "datasets", "matplotlib", "pydantic"}} & set(sys.modules)
+    heavy = {{"torch", "transformers", "numpy", "pandas", "datasets", "matplotlib"}} & set(sys.modules)
     print(*sorted(heavy), file=sys.stderr, end="")
 """
 

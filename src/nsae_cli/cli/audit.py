@@ -61,9 +61,7 @@ def command(
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(
-            metavar="SAE", help="An SAE on the same hook, with whose norm-bias index (nbi) its own is compared."
-        ),
+        typer.Option(metavar="SAE", help="SAE on the same hook, to compare the norm-bias index (nbi) with."),
     ] = None,
     model_dtype: ModelDType = "fp32",
     device: Device = "auto",

@@ -45,7 +45,7 @@ def command(
         str,
         typer.Option(
             metavar="plain|mean-one|permuted",
-            help="* Weights of --l2-norm and --l1-norm as they are; or, as controls, of equal mean per batch, or shuffled.",
+            help="* Weights by norm as they are; or, as controls, of equal mean per batch, or shuffled among rows.",
         ),
     ] = "plain",
     decoder: Annotated[
@@ -178,7 +178,7 @@ def command(
         str | None,
         typer.Option(
             metavar="BYTES",
-            help="Memory for weights and mixed rows, such as 8G; what does not fit trains in waves [default: 80% free].",
+            help="Memory for weights and mixed rows, as 8G; what does not fit trains in waves [default: 80% free].",
         ),
     ] = None,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Only deterministic kernels (CUDA).")] = False,
