@@ -2,6 +2,7 @@
 # make test   the whole test suite, with lint and types
 # Both create .venv with pinned versions (constraints.txt). PYTHON and PIP_ARGS can be set on the command line.
 # make docs   docs/errors.md from the catalogue of errors and docs/cli.md from the help; tests fail where it was forgotten
+# make notebook   runs docs/notebooks again and saves its outputs; make site   the documentation as a site, in build/site
 # make torture   every fault of docs/reliability.md; about an hour on two cores, and goes on where it was stopped
 # make bench  every benchmark, peers included, in .venv-bench (constraints-peers.txt); hours. make bench-setup installs only.
 
@@ -15,7 +16,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 BENCH_INSTALL := $(BENCH)/python -m pip install --quiet --disable-pip-version-check \
 	--constraint benchmarks/constraints-peers.txt $(PIP_ARGS)
 
-.PHONY: demo test lint docs clean torture bench bench-setup
+.PHONY: demo test lint docs notebook site clean torture bench bench-setup
 
 demo: .venv/demo.stamp
 	$(BIN)/nsae run experiments/001-quickstart/config.yaml
@@ -30,6 +31,9 @@ lint: .venv/test.stamp
 
 torture: .venv/test.stamp
 	$(BIN)/python tests/faults/torture.py
+
+notebook: .venv/test.stamp
+	$(BIN)/python docs/execute_notebook.py
 
 docs: .venv/test.stamp
 	$(BIN)/python docs/generate_errors.py
