@@ -12,6 +12,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 NATIVE := $(wildcard src/nsae_cli/kernels/native/*.c src/nsae_cli/kernels/native/*.h)
 BENCH := .venv-bench/bin
+SITE := .venv-docs/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 BENCH_INSTALL := $(BENCH)/python -m pip install --quiet --disable-pip-version-check \
 	--constraint benchmarks/constraints-peers.txt $(PIP_ARGS)
@@ -35,6 +36,9 @@ torture: .venv/test.stamp
 notebook: .venv/test.stamp
 	$(BIN)/python docs/execute_notebook.py
 
+site: .venv-docs/site.stamp
+	NO_MKDOCS_2_WARNING=1 $(SITE)/mkdocs build --strict
+
 docs: .venv/test.stamp
 	$(BIN)/python docs/generate_errors.py
 	$(BIN)/python docs/generate_cli.py
@@ -48,6 +52,16 @@ docs: .venv/test.stamp
 	@echo "installing nsae, its dependencies and the test tools into .venv (several minutes the first time)"
 	$(INSTALL) --editable '.[dev]'
 	@touch $@
+
+# Only what builds the site: no torch, and nsae itself is not needed.
+.venv-docs/site.stamp: constraints.txt | .venv-docs/bin/python
+	$(SITE)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS) \
+		mkdocs-material mkdocs-jupyter
+	@touch $@
+
+.venv-docs/bin/python:
+	@test -n "$(PYTHON)" || { echo "the site needs Python 3.11, 3.12 or 3.13 (set PYTHON=…)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv-docs
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "nsae needs Python 3.11, 3.12 or 3.13 (set PYTHON=…)" >&2; exit 1; }
@@ -78,4 +92,4 @@ bench: .venv-bench/peers.stamp
 	$(PYTHON) -m venv .venv-bench
 
 clean:
-	rm -rf .venv .venv-bench build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-bench .venv-docs .cache build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -22,6 +22,7 @@ DOCS = "docs"
 README = "start.md"
 #: [text](target) and ![text](target), outside blocks of code.
 _LINK = re.compile(r"(?P<mark>!?)\[(?P<text>[^\]]*)\]\((?P<path>[^)#\s]*)(?P<anchor>#[^)\s]*)?\)")
+_TABLE_ROW, _SPAN = re.compile(r"^\|.*\|$", flags=re.MULTILINE), re.compile(r"`[^`]*`")
 _CODE = re.compile(r"^```.*?^```$", flags=re.MULTILINE | re.DOTALL)
 
 
@@ -72,6 +73,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return link["text"]
         return f"{link['mark']}[{link['text']}]({path}{link['anchor'] or ''})"
 
+    # In a table GitHub needs \\| for a bar inside code, where Python-Markdown would show the backslash.
+    markdown = _TABLE_ROW.sub(lambda row: _SPAN.sub(lambda span: span[0].replace("\\|", "|"), row[0]), markdown)
     parts, at = [], 0
     for code in _CODE.finditer(markdown):
         parts += [_LINK.sub(rewritten, markdown[at : code.start()]), code[0]]
