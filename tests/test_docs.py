@@ -10,9 +10,8 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(path for glob in ("*.md", "docs/*.md", "experiments/*/README.md", "benchmarks/*.md") for path in ROOT.glob(glob))
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*/README.md"), *ROOT.glob("benchmarks/*.md")]
-)
+_FOLDERS = ("*.md", "docs/*.md", "experiments/*/README.md", "benchmarks/*.md")
+PAGES = sorted(page for pattern in _FOLDERS for page in ROOT.glob(pattern))
 _LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]*)(#[^)\s]*)?\)")
 _CODE = re.compile(r"^```.*?^```$", flags=re.MULTILINE | re.DOTALL)
 
