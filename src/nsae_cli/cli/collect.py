@@ -54,6 +54,10 @@ def command(
     ] = "auto",
     device: Device = "auto",
     seed: Annotated[str, typer.Option(metavar="INT", help="Recorded; collecting draws nothing at random.")] = "0",
+    worker: Annotated[
+        str,
+        typer.Option(metavar="auto|off|I/N", help="Which of N processes this is; auto: as torchrun or srun says."),
+    ] = "auto",
     name: Name = None,
 ) -> None:
     """Harvest residual-stream activations of a GPT-2.
@@ -61,16 +65,20 @@ def command(
     Writes activations/NAME: safetensors shards with vectors, norms, tokens, positions and documents, and manifest.json.
     """
     from nsae_cli.assets import embedded_note
-    from nsae_cli.lm.collect import collect
+    from nsae_cli.launch import worker_of
+    from nsae_cli.lm.collect import collect_share
     from nsae_cli.lm.config import CollectConfig
     from nsae_cli.report.store_summary import store_summary
     from nsae_cli.values import validate_options
 
     session = session_of(context)
-    values = given(context, without=("context_size",))
+    values = given(context, without=("context_size", "worker"))
     if context_size is not None:
         values["context"] = context_size
-    result = collect(validate_options(CollectConfig, values), session.workspace, session.reporter)
+    config = validate_options(CollectConfig, values)
+    result = collect_share(config, session.workspace, session.reporter, worker_of(worker))
+    if result is None:  # of several workers, one prints the store
+        return
     if not result.reused:  # then collect has said so
         session.say_where([result.artifact], reused=False)
     manifest = result.manifest.model_dump()

@@ -1,0 +1,94 @@
+"""What one worker does of a collection that several share: which contexts it reads, what it says, on which GPU.
+
+A unit of work is a shard: a fixed number of contexts in whole batches. Worker r of N makes the shards r, r + N, …; so
+neither a shard's rows nor the borders of its batches depend on how many workers there are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from nsae_cli.device import DeviceOption, choose_device
+from nsae_cli.launch import Placement
+from nsae_cli.lm.packing import Context
+from nsae_cli.reporter import Reporter, SilentReporter, Task
+
+
+@dataclass
+class Share:
+    """The contexts of the shards that are to be made here, out of all contexts of the corpus, which it counts.
+
+    Attributes:
+        contexts: of the whole corpus, in its order.
+        shard_contexts: contexts per shard.
+        makes: whether a shard, by its number, is to be made here.
+        seen: how many contexts the corpus has, once all were asked for.
+    """
+
+    contexts: Iterable[Context]
+    shard_contexts: int
+    makes: Callable[[int], bool]
+    seen: int = field(init=False, default=0)
+
+    def __iter__(self) -> Iterator[Context]:
+        for context in self.contexts:
+            shard = self.seen // self.shard_contexts
+            self.seen += 1
+            if self.makes(shard):
+                yield context
+
+    @property
+    def shards(self) -> int:
+        """How many shards the contexts seen so far fill or begin."""
+        return -(-self.seen // self.shard_contexts)
+
+
+@dataclass(frozen=True)
+class WorkerReporter:
+    """What N workers print on one console: remarks and progress of worker 0, warnings of all with their number."""
+
+    inner: Reporter
+    worker: Placement
+
+    def note(self, text: str) -> None:
+        """Only worker 0's."""
+        if self.worker.rank == 0:
+            self.inner.note(text)
+
+    def warn(self, text: str) -> None:
+        """With the number."""
+        self.inner.warn(f"worker {self.worker}: {text}")
+
+    def task(self, description: str, total: int | None, unit: str) -> contextlib.AbstractContextManager[Task]:
+        """Only worker 0's, which stands for all: their shares are equal."""
+        shown = self.inner if self.worker.rank == 0 else SilentReporter()
+        return shown.task(f"{description} (worker {self.worker})", total, unit)
+
+    def last_word(self, text: str) -> None:
+        """One line of every worker, about how its work ended."""
+        self.inner.note(f"worker {self.worker}: {text}")
+
+
+def device_of(option: DeviceOption, worker: Placement) -> tuple[torch.device, str]:
+    """As `choose_device`; ``auto`` gives each of several workers on a machine with CUDA a GPU of its own.
+
+    Where the launcher shows each process only its own GPU, that is number 0; where there are more workers than GPUs,
+    they take turns.
+
+    Raises:
+        ResourceError: the device asked for is not there.
+    """
+    if worker.alone or option != "auto" or not torch.cuda.is_available():
+        return choose_device(option)
+    index = worker.local_rank % torch.cuda.device_count()
+    device, reason = choose_device(f"cuda:{index}")
+    return device, reason.replace(f"--device cuda:{index}", f"--device auto: process {worker.local_rank} here")
+
+
+def rows_of_share(rows: int, shard_rows: int, makes: Callable[[int], bool]) -> int:
+    """How many of a store's rows are in the shards that are to be made here."""
+    return sum(min(shard_rows, rows - first) for i, first in enumerate(range(0, rows, shard_rows)) if makes(i))
