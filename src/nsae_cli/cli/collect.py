@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nsae_cli.cli.options import ContextsPerPass, CorpusConfig, Device, Name, Revision, Split, TextColumn, given
-from nsae_cli.cli.session import session_of
+from nsae_cli.cli.session import Session, session_of
+
+if TYPE_CHECKING:
+    from nsae_cli.launch import Placement
+    from nsae_cli.lm.config import CollectConfig
 
 
 def command(
@@ -58,6 +62,9 @@ def command(
         str,
         typer.Option(metavar="auto|off|I/N", help="Which of N processes this is; auto: as torchrun or srun says."),
     ] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would take (rows, bytes, time) and write nothing.")
+    ] = False,
     name: Name = None,
 ) -> None:
     """Harvest residual-stream activations of a GPT-2.
@@ -72,11 +79,15 @@ def command(
     from nsae_cli.values import validate_options
 
     session = session_of(context)
-    values = given(context, without=("context_size", "worker"))
+    values = given(context, without=("context_size", "worker", "dry_run"))
     if context_size is not None:
         values["context"] = context_size
     config = validate_options(CollectConfig, values)
-    result = collect_share(config, session.workspace, session.reporter, worker_of(worker))
+    place = worker_of(worker)
+    if dry_run:
+        _dry_run(session, config, place)
+        return
+    result = collect_share(config, session.workspace, session.reporter, place)
     if result is None:  # of several workers, one prints the store
         return
     if not result.reused:  # then collect has said so
@@ -84,3 +95,15 @@ def command(
     manifest = result.manifest.model_dump()
     shown = {**manifest, "embedded_note": embedded_note(manifest["model"])}
     session.finish("collect", [result.artifact], [manifest], lambda: store_summary(result.artifact.name, shown))
+
+
+def _dry_run(session: Session, config: CollectConfig, worker: Placement) -> None:
+    from nsae_cli.lm.dry_run import dry_run
+    from nsae_cli.report.plan_table import plan_table
+
+    if worker.rank > 0:  # worker 0 speaks for all
+        return
+    plan = dry_run(config, session.workspace, worker)
+    if not plan["fits"]:
+        session.reporter.warn("the store does not fit on the disk")
+    session.finish_measurement("collect", plan, lambda: plan_table(plan))

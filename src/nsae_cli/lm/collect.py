@@ -158,18 +158,25 @@ def inspect(config: CollectConfig, workspace: Workspace, worker: Placement = ALO
 
 
 def _complete(artifact: Artifact, options: dict[str, Any], reporter: Reporter) -> CollectResult | None:
-    """The store, if it is complete.
+    """The store, if it is complete; says so."""
+    if (manifest := find_complete(artifact, options)) is None:
+        return None
+    reporter.note(f"{artifact.name} is already complete: {manifest.rows:,} rows")
+    return CollectResult(artifact, manifest, reused=True)
+
+
+def find_complete(artifact: Artifact, options: dict[str, Any]) -> Manifest | None:
+    """The manifest of the store, if it is complete.
 
     Raises:
         UsageError: it was collected with other options.
-        ArtifactError: its manifest is damaged.
+        ArtifactError: it is damaged.
     """
     if not (artifact.path / MANIFEST).is_file():
         return None
     manifest, _ = read_manifest(artifact.path)
     _require_same_options(artifact.name, manifest, options)
-    reporter.note(f"{artifact.name} is already complete: {manifest.rows:,} rows")
-    return CollectResult(artifact, manifest, reused=True)
+    return manifest
 
 
 def _require_same_options(name: str, manifest: Manifest, options: dict[str, Any]) -> None:

@@ -203,6 +203,8 @@ def _look_at_others(turn: Turn, reporter: Reporter, break_lock: bool, software: 
         UsageError: one is of this job, with other software.
     """
     name, worker = turn.folder.name, turn.worker
+    if worker.alone:  # a worker holds this one itself just now
+        look(turn_path(turn.folder), remove=True)
     others = locks_of_workers(turn.folder) | ({} if worker.alone else {lock_path(turn.folder): ALONE})
     for path, other in others.items():
         if path == lock_path(turn.folder, worker):
