@@ -49,7 +49,7 @@ _LAUNCHERS = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 )
-_SHARE = re.compile(r"(\d{1,6})/(\d{1,6})")
+_SHARE = re.compile(r"([0-9]{1,6})/([0-9]{1,6})")
 
 
 def placement(environment: Mapping[str, str] = os.environ) -> Placement:

@@ -85,7 +85,8 @@ def command(
     config = validate_options(CollectConfig, values)
     place = worker_of(worker)
     if dry_run:
-        _dry_run(session, config, place)
+        if worker != "auto" or place.rank == 0:  # of a launcher's processes the first speaks for all
+            _dry_run(session, config, place)
         return
     result = collect_share(config, session.workspace, session.reporter, place)
     if result is None:  # of several workers, one prints the store
@@ -101,8 +102,6 @@ def _dry_run(session: Session, config: CollectConfig, worker: Placement) -> None
     from nsae_cli.lm.dry_run import dry_run
     from nsae_cli.report.plan_table import plan_table
 
-    if worker.rank > 0:  # worker 0 speaks for all
-        return
     plan = dry_run(config, session.workspace, worker)
     if not plan["fits"]:
         session.reporter.warn("the store does not fit on the disk")

@@ -22,6 +22,7 @@ from nsae_cli import catalogue, interrupt
 from nsae_cli.device import one_thread_if_small
 from nsae_cli.errors import Interrupted, NsaeError
 from nsae_cli.launch import ALONE, Placement
+from nsae_cli.lm.ahead import ahead
 from nsae_cli.lm.config import CollectConfig, ResolvedConfig, resolve
 from nsae_cli.lm.corpus import Corpus, open_corpus, refuse_output_in_corpus
 from nsae_cli.lm.harvest import HarvestedBatch, Harvester, HarvestSpec
@@ -31,7 +32,16 @@ from nsae_cli.lm.packing import Context, Layout, Packer
 from nsae_cli.lm.plan import Plan, check_space, duration_text, make_plan, size_text
 from nsae_cli.lm.quiet import quiet_libraries
 from nsae_cli.lm.shard_buffer import ShardBuffer
-from nsae_cli.lm.shares import Share, WorkerReporter, device_of, rows_of_share
+from nsae_cli.lm.shares import (
+    Share,
+    WorkerReporter,
+    device_of,
+    idle_text,
+    last_word,
+    rows_of_share,
+    shards_text,
+    some_of,
+)
 from nsae_cli.lm.tokenizing import TextTokenizer, load_tokenizer
 from nsae_cli.reporter import Reporter
 from nsae_cli.store.lock import Turn
@@ -110,7 +120,10 @@ def _collect(
         options = resolved.model_dump()
         if (found := _complete(artifact, options, reporter)) is not None:
             workspace.tidy(artifact.path, reporter, unneeded_files(artifact.path), worker)
-            return found if worker.rank == 0 else None
+            if worker.rank == 0:
+                return found
+            last_word(reporter, f"{artifact.name} is already complete")
+            return None
         require_writable(artifact.path)
         software = {} if worker.alone else _versions() | {"device": request.device.type}
         with workspace.writing(artifact.path, reporter, worker, software) as turn:
@@ -121,6 +134,8 @@ def _collect(
             plan = plan_of(request, tokenizer)
             free = check_space(plan, artifact.path)
             reporter.note(f"{artifact.name}: {_plan_text(plan)}, {size_text(free)} free")
+            if idle := idle_text(plan.shards(resolved.context), worker):
+                reporter.warn(idle)
             reporter.note(f"device {request.device_reason}, {resolved.model_dtype}")
             job = Job(request, tokenizer, plan, worker)
             manifest = _run(job, turn, reporter)
@@ -287,11 +302,13 @@ def _run(job: Job, turn: Turn, reporter: Reporter) -> Manifest | None:
     manifest = None
     try:
         if writer.durable_rows:
-            reporter.note(f"going on after {writer.durable_rows:,} rows in {writer.durable_shards} shards")
+            reporter.note(f"going on after {writer.durable_rows:,} rows in {shards_text(writer.durable_shards)}")
         # Shards hold whole batches, so leaving some shards out moves no border of the others' batches.
         share = Share(contexts, job.plan.shard_contexts, writer.makes)
+        # Each worker tokenizes the whole corpus, which must not hold up its own part of the harvest.
+        own = iter(share) if worker.alone else ahead(share, job.plan.shard_contexts)
         with job.threads:
-            _write_shards(job, writer, job.harvest(iter(share)), reporter)
+            _write_shards(job, writer, job.harvest(own), reporter)
         writer.wait()
         with turn.taken():
             # Whoever comes last finds all shards durable, and completes the store; nobody waits for others.
@@ -314,8 +331,8 @@ def _run(job: Job, turn: Turn, reporter: Reporter) -> Manifest | None:
         log_timing(artifact.path, "collect", rows=writer.written_rows, **spent)
     if manifest is not None:
         reporter.note(_summary(job, manifest, packer))
-    if isinstance(reporter, WorkerReporter):
-        reporter.last_word(f"{_shards(writer.written_shards)} made; {left or 'the store is complete'}")
+    if not worker.alone:
+        last_word(reporter, f"{shards_text(writer.written_shards)} made; {left or 'the store is complete'}")
     return manifest
 
 
@@ -329,18 +346,15 @@ def _left_to_others(missing: list[int], shards: int, turn: Turn) -> str:
     dead = {rank for rank, state in states.items() if state is State.LEFT} | {turn.worker.rank}
     lost = [index for index in missing if index % world in dead]
     if lost:
-        numbers = ", ".join(str(index) for index in lost[:3]) + (f" and {len(lost) - 3} more" if lost[3:] else "")
-        workers = ", ".join(f"{rank}/{world}" for rank in sorted({index % world for index in lost}))
+        workers = sorted({index % world for index in lost})
         raise catalogue.UNFINISHED(
-            f"{name}: shard {numbers} missing, left by worker {workers} that has died; run the same command again"
+            f"{name}: shard {some_of(lost)} missing, left by worker {some_of(workers)} that has died; "
+            f"run the same command again, with any number of workers"
         )
-    owners = {rank: states.get(rank) for rank in sorted({index % world for index in missing})}
-    at_work = [f"{rank}/{world} at work" if state else f"{rank}/{world} not at work" for rank, state in owners.items()]
-    return f"{len(missing)} of {_shards(shards)} left to others ({', '.join(at_work)})"
-
-
-def _shards(number: int) -> str:
-    return "1 shard" if number == 1 else f"{number} shards"
+    owners = sorted({index % world for index in missing})
+    at_work, idle = [r for r in owners if r in states], [r for r in owners if r not in states]
+    who = [f"{what}: {some_of(ranks)}" for what, ranks in (("at work", at_work), ("not at work", idle)) if ranks]
+    return f"{len(missing)} of {shards_text(shards)} left to other workers ({'; '.join(who)})"
 
 
 def _write_shards(job: Job, writer: StoreWriter, harvested: Iterator[HarvestedBatch], reporter: Reporter) -> None:

@@ -53,6 +53,10 @@ def dry_run(config: CollectConfig, workspace: Workspace, worker: Placement) -> d
         if rate is not None and rows is None:
             unknown = "how much text there is is not known before it is read"
         size = None if rows is None else rows * plan.row_bytes
+        shards = None if rows is None else -(-rows // (plan.shard_contexts * resolved.context))
+        seconds = None
+        if rate is not None and rows is not None and shards is not None:
+            seconds = max(0, rows - durable_rows) / rate / max(1, min(worker.world, shards))
         free = free_bytes(folder)
         return {
             "name": request.artifact.name,
@@ -71,7 +75,7 @@ def dry_run(config: CollectConfig, workspace: Workspace, worker: Placement) -> d
             "estimated": plan.estimated and complete is None,
             "contexts": rows // resolved.context if rows is not None and resolved.packing else None,
             "rows": rows,
-            "shards": None if rows is None else -(-rows // (plan.shard_contexts * resolved.context)),
+            "shards": shards,
             "bytes": size,
             "durable_shards": len(durable),
             "durable_rows": durable_rows,
@@ -79,8 +83,8 @@ def dry_run(config: CollectConfig, workspace: Workspace, worker: Placement) -> d
             "fits": size is None or complete is not None or size - held_bytes(folder) <= free,
             "workers": worker.world,
             "rows_per_second": rate,
-            "seconds": None if rate is None or rows is None else max(0, rows - durable_rows) / rate / worker.world,
-            "unknown_time": None if rate is not None and rows is not None else unknown,
+            "seconds": seconds,
+            "unknown_time": unknown if seconds is None else None,
         }
 
 

@@ -37,6 +37,10 @@ class Plan:
     rows: int | None
     estimated: bool
 
+    def shards(self, context: int) -> int | None:
+        """How many shards there will be, of contexts of this many rows."""
+        return None if self.rows is None else -(-self.rows // (self.shard_contexts * context))
+
     @property
     def total_bytes(self) -> int | None:
         """Bytes on disk at the end."""

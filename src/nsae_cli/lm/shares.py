@@ -7,7 +7,7 @@ neither a shard's rows nor the borders of its batches depend on how many workers
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -68,9 +68,18 @@ class WorkerReporter:
         shown = self.inner if self.worker.rank == 0 else SilentReporter()
         return shown.task(f"{description} (worker {self.worker})", total, unit)
 
-    def last_word(self, text: str) -> None:
-        """One line of every worker, about how its work ended."""
-        self.inner.note(f"worker {self.worker}: {text}")
+
+def last_word(reporter: Reporter, text: str) -> None:
+    """One line of every worker, about how its work ended."""
+    if isinstance(reporter, WorkerReporter):
+        reporter.inner.note(f"worker {reporter.worker}: {text}")
+
+
+def idle_text(shards: int | None, worker: Placement) -> str | None:
+    """What worker 0 says where there are not enough shards for all workers; None where there are."""
+    if shards is None or shards >= worker.world or worker.rank:
+        return None
+    return f"{shards_text(shards)} for {worker.world} workers: {worker.world - shards} will have nothing to do"
 
 
 def device_of(option: DeviceOption, worker: Placement) -> tuple[torch.device, str]:
@@ -87,6 +96,16 @@ def device_of(option: DeviceOption, worker: Placement) -> tuple[torch.device, st
     index = worker.local_rank % torch.cuda.device_count()
     device, reason = choose_device(f"cuda:{index}")
     return device, reason.replace(f"--device cuda:{index}", f"--device auto: process {worker.local_rank} here")
+
+
+def shards_text(number: int) -> str:
+    """``1 shard``, ``2 shards``."""
+    return "1 shard" if number == 1 else f"{number} shards"
+
+
+def some_of(numbers: Sequence[int]) -> str:
+    """``3, 5, 7 and 4 more``."""
+    return ", ".join(map(str, numbers[:3])) + (f" and {len(numbers) - 3} more" if numbers[3:] else "")
 
 
 def rows_of_share(rows: int, shard_rows: int, makes: Callable[[int], bool]) -> int:

@@ -30,13 +30,15 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
     if plan["rows"] is None:
         table.add_row("rows", "not known before the corpus is read: all of it")
     else:
-        contexts = "" if plan["contexts"] is None else f" in {fmt.count(plan['contexts'])} contexts"
-        table.add_row("rows", f"{about}{fmt.count(plan['rows'])}{contexts} of {plan['context']} tokens")
+        contexts = "contexts of up to" if plan["contexts"] is None else f"{fmt.count(plan['contexts'])} contexts of"
+        table.add_row("rows", f"{about}{fmt.count(plan['rows'])} in {contexts} {plan['context']} tokens")
         table.add_row("disk", f"{about}{fmt.size_in_bytes(plan['bytes'])} in {_shards(plan['shards'])}")
     table.add_row("free", fmt.size_in_bytes(plan["free_bytes"]) + ("" if plan["fits"] else ": the store does not fit"))
     if plan["workers"] > 1:
-        table.add_row("workers", str(plan["workers"]))
-    table.add_row("time", _time(plan))
+        idle = max(0, plan["workers"] - (plan["shards"] or plan["workers"]))
+        table.add_row("workers", f"{plan['workers']}" + (f", {idle} of them with nothing to do" if idle else ""))
+    if plan["state"] != "complete":
+        table.add_row("time", _time(plan))
     return table
 
 
@@ -61,5 +63,5 @@ def _time(plan: Mapping[str, Any]) -> str:
 
 def _duration(seconds: float) -> str:
     if seconds < 90:
-        return f"{seconds:.0f} s"
+        return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
