@@ -65,7 +65,9 @@ def placement(environment: Mapping[str, str] = os.environ) -> Placement:
         numbers = [int(text) if text.isdecimal() else -1 for text in (rank, world, local_rank or "0")]
         if not 0 <= numbers[0] < numbers[1] or numbers[2] < 0:
             said = " ".join(f"{name}={environment.get(name, '')[:20]}" for name in names)
-            raise catalogue.OPTION_VALUE(f"{said} in the environment is no place in a job; unset these variables")
+            raise catalogue.OPTION_VALUE(
+                f"{said} in the environment is no place in a job; check the launcher, or unset them"
+            )
         return Placement(*numbers)
     return ALONE
 
