@@ -34,7 +34,8 @@ from nsae_cli.lm.collect import collect
 from nsae_cli.lm.config import CollectConfig
 from nsae_cli.reporter import SilentReporter
 from nsae_cli.store import commit
-from nsae_cli.store.shards import VERIFIED, StoreWriter
+from nsae_cli.store.shards import StoreWriter
+from nsae_cli.store.verified import VERIFIED
 from nsae_cli.store.workspace import Artifact, Kind, Workspace
 from nsae_cli.training.checkpoint import CheckpointWriter
 from nsae_cli.training.loop import train
