@@ -29,23 +29,13 @@ from nsae_cli.lm.harvest import HarvestedBatch, Harvester, HarvestSpec
 from nsae_cli.lm.layers import hook_name
 from nsae_cli.lm.loading import DTYPE_NAMES, DTypeName, ModelInfo, inspect_model, load_model
 from nsae_cli.lm.packing import Context, Layout, Packer
-from nsae_cli.lm.plan import Plan, check_space, duration_text, make_plan, size_text
+from nsae_cli.lm.plan import Plan, check_space, make_plan, size_text
 from nsae_cli.lm.quiet import quiet_libraries
-from nsae_cli.lm.shard_buffer import ShardBuffer
-from nsae_cli.lm.shares import (
-    Share,
-    WorkerReporter,
-    device_of,
-    idle_text,
-    last_word,
-    rows_of_share,
-    shards_text,
-    some_of,
-)
+from nsae_cli.lm.shard_buffer import ShardBuffer, write_shards
+from nsae_cli.lm.shares import Share, WorkerReporter, device_of, idle_text, last_word, left_to_others, shards_text
 from nsae_cli.lm.tokenizing import TextTokenizer, load_tokenizer
 from nsae_cli.reporter import Reporter
 from nsae_cli.store.lock import Turn
-from nsae_cli.store.lock_file import State
 from nsae_cli.store.manifest import MANIFEST, Manifest, read_manifest
 from nsae_cli.store.shards import describe_changes
 from nsae_cli.store.workspace import Artifact, Kind, Workspace, config_hash, log_timing
@@ -308,13 +298,14 @@ def _run(job: Job, turn: Turn, reporter: Reporter) -> Manifest | None:
         # Each worker tokenizes the whole corpus, which must not hold up its own part of the harvest.
         own = iter(share) if worker.alone else ahead(share, job.plan.shard_contexts)
         with job.threads:
-            _write_shards(job, writer, job.harvest(own), reporter)
+            buffer = ShardBuffer(job.plan.shard_contexts, job.request.resolved.context)
+            write_shards(job.harvest(own), writer, buffer, job.plan.rows, reporter)
         writer.wait()
         with turn.taken():
             # Whoever comes last finds all shards durable, and completes the store; nobody waits for others.
             if not (artifact.path / MANIFEST).is_file():
                 missing = [] if worker.alone else writer.missing(share.shards)
-                left = _left_to_others(missing, share.shards, turn) if missing else ""
+                left = left_to_others(missing, share.shards, turn) if missing else ""
                 manifest = None if missing else writer.finish(_description(job, packer))
             else:
                 left = "another worker has completed the store"
@@ -334,68 +325,6 @@ def _run(job: Job, turn: Turn, reporter: Reporter) -> Manifest | None:
     if not worker.alone:
         last_word(reporter, f"{shards_text(writer.written_shards)} made; {left or 'the store is complete'}")
     return manifest
-
-
-def _left_to_others(missing: list[int], shards: int, turn: Turn) -> str:
-    """Says who is to make the shards that are missing.
-
-    Raises:
-        ArtifactError: some belong to a worker that was killed, and are made by nobody now.
-    """
-    name, world, states = turn.folder.name, turn.worker.world, turn.others()
-    dead = {rank for rank, state in states.items() if state is State.LEFT} | {turn.worker.rank}
-    lost = [index for index in missing if index % world in dead]
-    if lost:
-        workers = sorted({index % world for index in lost})
-        raise catalogue.UNFINISHED(
-            f"{name}: shard {some_of(lost)} missing, left by worker {some_of(workers)} that has died; "
-            f"run the same command again, with any number of workers"
-        )
-    owners = sorted({index % world for index in missing})
-    at_work, idle = [r for r in owners if r in states], [r for r in owners if r not in states]
-    who = [f"{what}: {some_of(ranks)}" for what, ranks in (("at work", at_work), ("not at work", idle)) if ranks]
-    return f"{len(missing)} of {shards_text(shards)} left to other workers ({'; '.join(who)})"
-
-
-def _write_shards(job: Job, writer: StoreWriter, harvested: Iterator[HarvestedBatch], reporter: Reporter) -> None:
-    """Gathers batches into shards and hands each full one to the writer's thread."""
-    context, shard_contexts = job.request.resolved.context, job.plan.shard_contexts
-    shard = ShardBuffer(shard_contexts, context)
-    numbers = writer.to_make()
-    rows = job.plan.rows
-    left = None if rows is None else rows_of_share(rows, shard_contexts * context, writer.makes)
-    durable_rows = writer.durable_rows if job.worker.alone else 0
-    clock = _Clock(left)
-    with reporter.task("collect", rows if job.worker.alone else left, "rows") as task:
-        task.advance(durable_rows)
-        for batch in harvested:
-            shard.add(batch)
-            if shard.full:
-                # Rows that are not finite have stopped the run before.
-                writer.write(next(numbers), shard.take(), nonfinite_rows=0)
-            task.advance(batch.rows)
-            if (expected := clock.after(batch.rows)) is not None:
-                reporter.note(f"expected time {duration_text(expected)}")
-        if not shard.empty:
-            writer.write(next(numbers), shard.take(), nonfinite_rows=0)
-
-
-class _Clock:
-    """Expects the whole run's time from one batch: the second, since the first pays for warming up."""
-
-    def __init__(self, rows: int | None) -> None:
-        self._rows = rows
-        self._batches = 0
-        self._last = 0.0
-
-    def after(self, batch_rows: int) -> float | None:
-        """To be called after each batch; the expected seconds for all rows, once, after the second batch."""
-        self._batches += 1
-        now = time.perf_counter()
-        elapsed, self._last = now - self._last, now
-        if self._batches != 2 or self._rows is None:
-            return None
-        return elapsed / batch_rows * self._rows
 
 
 def _until_stopped(items: Iterable[T]) -> Iterator[T]:

@@ -12,10 +12,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from nsae_cli import catalogue
 from nsae_cli.device import DeviceOption, choose_device
 from nsae_cli.launch import Placement
 from nsae_cli.lm.packing import Context
 from nsae_cli.reporter import Reporter, SilentReporter, Task
+from nsae_cli.store.lock import Turn
+from nsae_cli.store.lock_file import State
 
 
 @dataclass
@@ -106,6 +109,32 @@ def shards_text(number: int) -> str:
 def some_of(numbers: Sequence[int]) -> str:
     """``3, 5, 7 and 4 more``."""
     return ", ".join(map(str, numbers[:3])) + (f" and {len(numbers) - 3} more" if numbers[3:] else "")
+
+
+def left_to_others(missing: list[int], shards: int, turn: Turn) -> str:
+    """Says who is to make the shards that are missing.
+
+    Args:
+        missing: their numbers.
+        shards: how many the store has.
+        turn: this worker's.
+
+    Raises:
+        ArtifactError: some belong to a worker that was killed, and are made by nobody now.
+    """
+    name, world, states = turn.folder.name, turn.worker.world, turn.others()
+    dead = {rank for rank, state in states.items() if state is State.LEFT} | {turn.worker.rank}
+    lost = [index for index in missing if index % world in dead]
+    if lost:
+        workers = sorted({index % world for index in lost})
+        raise catalogue.UNFINISHED(
+            f"{name}: shard {some_of(lost)} missing, left by worker {some_of(workers)} that has died; "
+            f"run the same command again, with any number of workers"
+        )
+    owners = sorted({index % world for index in missing})
+    at_work, idle = [r for r in owners if r in states], [r for r in owners if r not in states]
+    who = [f"{what}: {some_of(ranks)}" for what, ranks in (("at work", at_work), ("not at work", idle)) if ranks]
+    return f"{len(missing)} of {shards_text(shards)} left to other workers ({'; '.join(who)})"
 
 
 def rows_of_share(rows: int, shard_rows: int, makes: Callable[[int], bool]) -> int:
