@@ -5,6 +5,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "collect": (
         ("from a model that ships with nsae, offline", "nsae collect --model mini"),
         ("two layers of GPT-2 from your own text", "nsae collect --corpus texts/ --layers 3,6 --tokens 10M"),
+        ("what that would take", "nsae collect --corpus texts/ --layers 3,6 --tokens 10M --dry-run"),
     ),
     "norms": (("of the newest store", "nsae norms"),),
     "alter": (("a control in which norms go with other directions", "nsae alter --permute-norms --name shuffled"),),
