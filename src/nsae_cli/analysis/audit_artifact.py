@@ -13,7 +13,9 @@ from nsae_cli.analysis.audit import Audit
 from nsae_cli.analysis.audit_options import AuditOptions
 from nsae_cli.analysis.audit_setting import Setting, find_setting
 from nsae_cli.analysis.documents import read_document
+from nsae_cli.analysis.saes import on_hub
 from nsae_cli.interop.foreign import ForeignSae
+from nsae_cli.interop.hub import HubReference
 from nsae_cli.interop.opening import open_sae, read_folder
 from nsae_cli.lm.quiet import quiet_libraries
 from nsae_cli.reporter import Reporter
@@ -103,9 +105,11 @@ def _find(reference: str | None, workspace: Workspace, reporter: Reporter) -> tu
     own = workspace.folder(Kind.SAE, reference)
     if own.is_dir():
         return _name_of(own, workspace), read_folder(own)
+    if "/" in reference and not Path(reference).exists() and on_hub(reference, workspace) is None:
+        workspace.find(Kind.SAE, reference)  # a typo in a cell's name: says what there is
     found = open_sae(reference)
     local = Path(reference)
-    return (_name_of(local, workspace) if local.is_dir() else reference), found
+    return _name_of(local, workspace) if local.is_dir() else str(HubReference.parse(reference)), found
 
 
 def _name_of(folder: Path, workspace: Workspace) -> str:

@@ -17,11 +17,18 @@ from nsae_cli.store.sae_folder import RUN, load_sae
 _LISTED = 8
 
 
+def is_foreign(folder: Path) -> bool:
+    """Whether a folder holds an SAE that `nsae train` did not make, nor is making."""
+    if not folder.is_dir() or any((folder / name).exists() for name in (RUN, "checkpoints", "../checkpoints")):
+        return False
+    return any((folder / name).is_file() for name in WEIGHT_FILES)
+
+
 def open_sae(reference: str) -> ForeignSae:
     """Opens an SAE of nsae, SAELens, sparsify, dictionary_learning or OpenAI.
 
     Args:
-        reference: a folder, or a hub id ``org/repo`` or ``org/repo:folder``.
+        reference: a folder, or a hub id: ``org/repo``, ``org/repo:folder`` or ``hf://org/repo/folder``.
 
     Raises:
         UsageError: there is nothing of that name, or several SAEs.
