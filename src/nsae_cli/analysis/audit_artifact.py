@@ -105,7 +105,7 @@ def _find(reference: str | None, workspace: Workspace, reporter: Reporter) -> tu
     own = workspace.folder(Kind.SAE, reference)
     if own.is_dir():
         return _name_of(own, workspace), read_folder(own)
-    if "/" in reference and not Path(reference).exists() and on_hub(reference, workspace) is None:
+    if not Path(reference).exists() and HubReference.parse(reference) != on_hub(reference, workspace):
         workspace.find(Kind.SAE, reference)  # a typo in a cell's name: says what there is
     found = open_sae(reference)
     local = Path(reference)

@@ -208,7 +208,7 @@ def _refuse_rows(found: ForeignSae, package: str) -> SparseAutoencoder:
 
 def _refuse(found: ForeignSae, package: str, why: str) -> UsageError:
     return catalogue.REFUSED_COMBINATION(
-        f"{found.path.name} ({found.architecture}) cannot be expressed in {package}: {why}; export it --to saelens"
+        f"{found.path.name} ({found.architecture}) cannot be expressed in {package}: {why}; choose --to saelens"
     )
 
 
@@ -269,7 +269,7 @@ def _hookpoint(found: ForeignSae) -> str:
     if hook is None:
         raise catalogue.SOURCE_UNKNOWN(
             f"{found.path.name}: sparsify names an SAE's folder after its hookpoint, and the SAE does not say that it "
-            f"reads the residual stream ({found.hook}); export it --to saelens"
+            f"reads the residual stream ({found.hook}); choose --to saelens"
         )
     block = hook[0] - (hook[1] == "resid_pre")  # what goes into a block is what the one before it returns
     if block < 0:

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import quote, unquote
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
 from nsae_cli import catalogue, interrupt
 from nsae_cli.errors import NsaeError, ResourceError
@@ -170,7 +170,7 @@ def _snapshot(reference: HubReference, found: HubRepository, patterns: Sequence[
         return Path(
             snapshot_download(
                 reference.repository,
-                revision=found.commit or reference.revision,
+                revision=reference.revision,  # by its name, so that the cache knows it without a network
                 allow_patterns=list(patterns),
                 local_files_only=not found.reachable,
             )
@@ -179,7 +179,7 @@ def _snapshot(reference: HubReference, found: HubRepository, patterns: Sequence[
         raise _not_reachable(reference) from error
     except NsaeError:
         raise
-    except (HfHubHTTPError, OSError, RuntimeError) as error:
+    except (HTTPError, OSError, RuntimeError) as error:
         raise catalogue.DOWNLOAD_FAILED(
             f"SAE {reference.repository}: the download failed; try again, or {_REMEDY}"
         ) from error

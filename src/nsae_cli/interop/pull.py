@@ -170,8 +170,8 @@ def _require_whole(folder: Path, contents: Mapping[str, Path], where: HubReferen
             if check.state == "damaged":
                 finding = next(finding for finding in check.findings if finding.level == "damaged")
                 raise catalogue.CONTENT_CHANGED(
-                    f"{where}: {finding}; it was damaged on its way to the hub or there, ask those who pushed it, or "
-                    f"empty the local cache (`hf cache rm model/{where.repository}`) and pull again"
+                    f"{where}: {finding}; remove it from the local cache (`hf cache rm model/{where.repository}`) and "
+                    f"pull again, or ask those who pushed it"
                 )
 
 
