@@ -24,6 +24,9 @@ from nsae_cli.store.shards import ActivationStore, describe_changes, open_activa
 from nsae_cli.store.workspace import Artifact, Kind, Workspace, check_name
 
 
+_NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._\-]+")
+
+
 @dataclass
 class AuditResult:
     """The artifact, its audit.json, and whether it was there already."""
@@ -55,7 +58,7 @@ def run_audit(
         compared = None if options.reference is None else _find(options.reference, workspace, reporter)
         store = _open_store(options, workspace)
         setting = find_setting(found, options, store)
-        artifact_name = name or check_name(re.sub(r"[^A-Za-z0-9._\-]+", "-", sae_name).strip("-._")[:120] or "sae")
+        artifact_name = name or check_name(_NOT_IN_A_NAME.sub("-", sae_name).strip("-._")[:120] or "sae")
         artifact = Artifact(Kind.AUDIT, artifact_name, workspace.folder(Kind.AUDIT, artifact_name))
         wanted = {
             "sae": _identity(sae_name, found),
@@ -85,9 +88,19 @@ def run_audits(
     """
     every = [sae for reference in references for sae in _cells(reference, workspace)]
     several = name is not None and len(every) > 1
-    return [
-        run_audit(sae, options, workspace, f"{name}-{Path(sae).name}" if several else name, reporter) for sae in every
-    ]
+    names = [f"{name}-{_short(sae, workspace)}" if several else name for sae in every]
+    twice = next((one for one in names if one is not None and names.count(one) > 1), None)
+    if twice is not None:
+        raise catalogue.SAME_OUTPUT(
+            f"two SAEs would have the audit {twice}; audit each of them with a --name of its own"
+        )
+    return [run_audit(sae, options, workspace, own, reporter) for sae, own in zip(every, names, strict=True)]
+
+
+def _short(reference: str, workspace: Workspace) -> str:
+    """The last part of a name, a path or a hub id, as it can stand in a name."""
+    place = on_hub(reference, workspace)
+    return _NOT_IN_A_NAME.sub("-", Path(reference).name if place is None else place.name)
 
 
 def _cells(reference: str, workspace: Workspace) -> list[str]:
