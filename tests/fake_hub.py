@@ -13,7 +13,7 @@ import http.server
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,8 @@ class FakeHub:
         uploaded: bytes of each large file that was received.
         breaks: how many more requests whose path matches the pattern are answered before the connection is cut.
         may_write: whether the token may.
+        ignores: how the names of files end that the repository's .gitignore leaves out.
+        on_upload: called for each large file that was received.
     """
 
     endpoint: str = ""
@@ -73,6 +75,7 @@ class FakeHub:
     breaks: dict[str, int] = field(default_factory=dict)
     may_write: bool = True
     ignores: tuple[str, ...] = ()
+    on_upload: Callable[[], None] = lambda: None
 
     def add(self, name: str, files: dict[str, bytes], *, private: bool = False, gated: bool = False) -> Repository:
         """A repository that is there."""
@@ -261,6 +264,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         assert hashlib.sha256(body).hexdigest() == named["oid"]
         self.hub.blobs[named["oid"]] = body
         self.hub.uploaded.append(len(body))
+        self.hub.on_upload()
         self._send(200, b"")
 
     def commit(self, named: dict[str, str], body: bytes) -> None:

@@ -19,7 +19,8 @@ import yaml
 import fake_hub
 from command import contents, nsae
 from fake_hub import TOKEN, FakeHub
-from nsae_cli import load_sae
+from nsae_cli import interrupt, load_sae
+from nsae_cli.interop.hub import HubReference
 
 REPO = "org/saes"
 GOLDEN = Path(__file__).parents[1] / "interop" / "golden"
@@ -303,6 +304,18 @@ def test_a_hub_that_dies_midway(hub: FakeHub, workspace: Path, group: Path, wher
     assert len(hub.repositories[REPO].commits) == 2
 
 
+def test_a_signal_stops_it_before_the_commit(hub: FakeHub, workspace: Path, group: Path, monkeypatch):
+    hub.on_upload = lambda: monkeypatch.setattr(interrupt, "_signum", 2)
+    said = push(workspace, group.name, "--yes")
+    assert said.code == 130
+    assert "stopped before the commit, so that the repository is unchanged" in said.message
+    assert len(hub.uploaded) == 2  # of the first SAE
+    assert len(hub.repositories[REPO].commits) == 1
+    hub.on_upload = lambda: None
+    assert push(workspace, group.name, "--yes").code == 0
+    assert len(hub.uploaded) == 4
+
+
 def test_a_repository_that_ignores_files(hub: FakeHub, workspace: Path, group: Path):
     hub.ignores = (".jsonl",)
     said = push(workspace, f"{group.name}/L2-relu", "--yes")
@@ -503,6 +516,38 @@ def test_commands_that_take_hub_ids_and_those_that_do_not(hub: FakeHub, workspac
         said = nsae("--workspace", workspace, *command, f"{REPO}:L2-relu")
         assert said.code == 2
         assert f"run `nsae pull {REPO}:L2-relu` first" in said.message
+
+
+@pytest.mark.parametrize(
+    ("reference", "expected"),
+    [
+        ("org/repo", ("org/repo", "", None)),
+        ("org/repo:a/b", ("org/repo", "a/b", None)),
+        ("org/repo:a/", ("org/repo", "a", None)),
+        ("org/repo@v1:a", ("org/repo", "a", "v1")),
+        ("org/repo@refs/pr/1:a", ("org/repo", "a", "refs/pr/1")),
+        ("hf://org/repo", ("org/repo", "", None)),
+        ("hf://org/repo/a/b.pt", ("org/repo", "a/b.pt", None)),
+        ("hf://models/org/repo/a", ("org/repo", "a", None)),
+        ("hf://org/repo@refs%2Fpr%2F1/a", ("org/repo", "a", "refs/pr/1")),
+        ("hf://org/repo:a/b", ("org/repo", "a/b", None)),
+        ("hf://datasets/org/repo", None),
+        ("hf://spaces/org/repo", None),
+        ("hf://org", None),
+        ("org", None),
+        ("a/b/c", None),
+        ("org/repo:../a", None),
+        ("org/repo:/etc", None),
+        ("hf://org/repo/../../etc", None),
+        ("org/repo@:a", None),
+        ("s3://bucket/key", None),
+        ("", None),
+    ],
+)
+def test_what_an_id_names(reference: str, expected: tuple[str, str, str | None] | None):
+    found = HubReference.parse(reference)
+    assert (found and (found.repository, found.folder, found.revision)) == expected
+    assert found is None or HubReference.parse(str(found)) == found
 
 
 @pytest.mark.parametrize("command", ["analyze-top-norms", "eval", "audit", "export"])

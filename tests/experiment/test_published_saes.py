@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import fake_hub
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save
 
+import fake_hub
 from command import nsae
 from nsae_cli.experiment.config import load_config
 from nsae_cli.interop.hub import HubReference

@@ -23,7 +23,6 @@ from nsae_cli.store import commit
 from nsae_cli.store.shards import ActivationStore, describe_changes, open_activations
 from nsae_cli.store.workspace import Artifact, Kind, Workspace, check_name
 
-
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._\-]+")
 
 

@@ -136,23 +136,24 @@ def download_all(
     with quiet_libraries():
         remedy = _REMEDY if option == "SAE" else "check the name, and `hf auth whoami`"
         found = ask_hub("model", reference.repository, reference.revision, remedy, option=option)
+        offline = _not_reachable(reference, option)
         folders = None if found.files is None else _folders(reference, found.files, groups)
         # Without an answer nobody knows what there is: the cache may have the folder that was named.
         wanted = folders or [reference.folder]
         with (reporter or SilentReporter()).task("downloading", len(wanted), "SAEs") as task:
             for folder in wanted:
                 interrupt.stop_if_requested("stopped; what was downloaded is kept, run the same command to go on")
-                root = _snapshot(reference, found, wanted_files(folder))
+                root = _snapshot(reference, found, wanted_files(folder), offline)
                 task.advance(1)
     if folders is None:
         cached = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
         if not any(PurePosixPath(name).name in WEIGHT_FILES for name in cached if name.startswith(reference.prefix)):
-            raise _not_reachable(reference)
+            raise offline
         folders = _folders(reference, tuple(cached), groups)
     saes = [HubSae(reference.inside(folder), root / folder, root, root.name) for folder in folders]
     for sae in saes:
         if not any((sae.path / name).is_file() for name in WEIGHT_FILES):
-            raise _not_reachable(sae.reference)
+            raise offline
     return saes
 
 
@@ -165,7 +166,9 @@ def wanted_files(folder: str) -> list[str]:
     return names + [str(parent / sparsify.RUN_CONFIG) for parent in above]
 
 
-def _snapshot(reference: HubReference, found: HubRepository, patterns: Sequence[str]) -> Path:
+def _snapshot(
+    reference: HubReference, found: HubRepository, patterns: Sequence[str], offline: ResourceError
+) -> Path:
     try:
         return Path(
             snapshot_download(
@@ -176,7 +179,7 @@ def _snapshot(reference: HubReference, found: HubRepository, patterns: Sequence[
             )
         )
     except LocalEntryNotFoundError as error:
-        raise _not_reachable(reference) from error
+        raise offline from error
     except NsaeError:
         raise
     except (HTTPError, OSError, RuntimeError) as error:
@@ -185,7 +188,12 @@ def _snapshot(reference: HubReference, found: HubRepository, patterns: Sequence[
         ) from error
 
 
-def _not_reachable(reference: HubReference) -> ResourceError:
+def _not_reachable(reference: HubReference, option: str) -> ResourceError:
+    if option != "SAE":
+        return catalogue.HUB_UNREACHABLE(
+            f"{option} {reference}: the Hugging Face hub is not reachable, and the SAE is not in the local cache; run "
+            f"the same command with a network"
+        )
     return catalogue.HUB_UNREACHABLE(
         f"SAE {reference}: there is no such folder here, the Hugging Face hub is not reachable, and the SAE is not in "
         f"the local cache; {_REMEDY}"

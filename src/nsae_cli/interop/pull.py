@@ -121,7 +121,7 @@ def _contents(saes: Sequence[HubSae]) -> dict[str, Path]:
 
 def _place(sae: HubSae, *, several: bool) -> str:
     """Where in NAME: a group's SAE in a folder of its own, and sparsify's too, whose name says the hookpoint."""
-    if several or (sae.path / sparsify.WEIGHTS).is_file():
+    if several or (sae.path != sae.root and (sae.path / sparsify.WEIGHTS).is_file()):
         name = sae.path.name
         if not is_plain_name(name):
             raise catalogue.NAME_INVALID(
