@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import queue
 import re
 import threading
@@ -20,9 +19,9 @@ from nsae_cli.errors import ArtifactError
 from nsae_cli.store import commit
 from nsae_cli.store.manifest import FORMAT_VERSION, MANIFEST, Manifest, ShardEntry, read_manifest
 from nsae_cli.store.seal import is_sealed, seal, seal_fits
+from nsae_cli.store.verified import VERIFIED, HashAhead, VerifiedTensors
 
 PROGRESS = "progress.jsonl"
-VERIFIED = "verified.jsonl"
 #: Norms, positions and tokens of this many bytes are kept in memory: passes over a store read them again and again.
 _CACHE_BYTES = 256 * 2**20
 #: Up to this share of a shard's rows, they are read one run at a time instead of the whole tensor.
@@ -251,12 +250,14 @@ class ActivationStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest, self.manifest_sha256 = read_manifest(path)
-        self._verified = _VerifiedTensors(path / VERIFIED)
+        self._verified = VerifiedTensors(path / VERIFIED)
+        self._ahead = HashAhead(self._verified)
         self._checked: set[tuple[int, str]] = set()
         self._first_names: set[str] | None = None
         self._computed_norms: dict[tuple[int, str], torch.Tensor] = {}
         self._row_tensors: dict[tuple[int, str], torch.Tensor] = {}
         self._cache_left = _CACHE_BYTES
+        self._last_read, self._in_order = -1, True
 
     @property
     def name(self) -> str:
@@ -321,6 +322,7 @@ class ActivationStore:
             ArtifactError: missing tensor, wrong shape or dtype, wrong hash, unreadable file.
             NumericalError: vectors of a store from elsewhere that are not finite.
         """
+        self._hash_ahead(shard, names)
         entry = self.manifest.shards[shard]
         with self._open(shard) as file:
             present = set(file.keys())
@@ -346,6 +348,7 @@ class ActivationStore:
         Raises:
             ArtifactError: as `read`.
         """
+        self._hash_ahead(shard, [hook])
         known = (shard, hook) in self._checked or self._verified.knows(
             self.path / self.manifest.shards[shard].file, hook
         )
@@ -359,6 +362,17 @@ class ActivationStore:
             rows = file.get_slice(hook)
             runs = [rows[int(run[0]) : int(run[-1]) + 1] for run in kept.tensor_split(breaks)]
         return torch.cat(runs)
+
+    def _hash_ahead(self, shard: int, names: Sequence[str]) -> None:
+        """Waits for what is being hashed of a shard; while shards are read one after the other, begins on the next."""
+        entries = self.manifest.shards
+        self._ahead.wait_for(self.path / entries[shard].file)
+        if shard != self._last_read:
+            self._in_order, self._last_read = shard == self._last_read + 1, shard
+        if self._in_order and shard + 1 < len(entries):
+            following = entries[shard + 1]
+            expected = {name: sha256 for name, sha256 in (following.tensors or {}).items() if name in names}
+            self._ahead.begin(self.path / following.file, expected)
 
     def _remedy(self) -> str:
         """What to do about a damaged shard, for messages."""
@@ -384,7 +398,8 @@ class ActivationStore:
                     f"{self.path / entry.file}: the content of {name} is not what was written (SHA-256 differs); "
                     f"{remedy}"
                 )
-            self._verified.remember(self.path / entry.file, name)
+            with contextlib.suppress(OSError):  # gone since it was read: nothing to remember
+                self._verified.remember(self._verified.version(self.path / entry.file, name))
 
     def _refuse_non_finite(self, entry: ShardEntry, name: str, tensor: torch.Tensor) -> None:
         """Looks at the vectors of a shard that nobody has vouched for, whatever norms are stored beside them."""
@@ -428,37 +443,6 @@ class ActivationStore:
             self._cache_left -= tensor.nbytes
             self._row_tensors[key] = tensor
         return self._row_tensors[key]
-
-
-class _VerifiedTensors:
-    """Remembers which tensors of which file version were found intact: one line each, in a file beside the manifest.
-
-    Losing it, or a torn line, costs one more hash; a folder that cannot be written is therefore no error.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._known: set[str] = set()
-        with contextlib.suppress(OSError):
-            self._known.update(path.read_text(encoding="utf-8", errors="replace").splitlines())
-
-    @staticmethod
-    def _line(path: Path, tensor: str) -> str:
-        status = path.stat()
-        version = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "inode": status.st_ino}
-        return json.dumps({"file": path.name, "tensor": tensor, **version})
-
-    def knows(self, path: Path, tensor: str) -> bool:
-        with contextlib.suppress(OSError):
-            return self._line(path, tensor) in self._known
-        return False
-
-    def remember(self, path: Path, tensor: str) -> None:
-        with contextlib.suppress(OSError):
-            line = self._line(path, tensor)
-            self._known.add(line)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
 
 
 def open_activations(path: Path | str) -> ActivationStore:
