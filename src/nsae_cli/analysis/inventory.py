@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from nsae_cli.errors import NsaeError
-from nsae_cli.interop.opening import is_foreign
 from nsae_cli.store.commit import read_json
 from nsae_cli.store.workspace import Artifact, Kind, Workspace
 
@@ -36,6 +35,8 @@ def _row(kind: Kind, name: str, status: str, folder: Path, detail: str) -> dict[
 
 def _foreign(folder: Path) -> str | None:
     """What is said of another package's SAE, as `nsae pull` gets them; None where the folder holds none."""
+    from nsae_cli.interop.opening import is_foreign  # with torch, for which `nsae list` must not wait
+
     if any(is_foreign(place) for place in (folder, *folder.glob("*/"))):
         return "of another package: nsae audit measures it"
     return None

@@ -166,9 +166,7 @@ def wanted_files(folder: str) -> list[str]:
     return names + [str(parent / sparsify.RUN_CONFIG) for parent in above]
 
 
-def _snapshot(
-    reference: HubReference, found: HubRepository, patterns: Sequence[str], offline: ResourceError
-) -> Path:
+def _snapshot(reference: HubReference, found: HubRepository, patterns: Sequence[str], offline: ResourceError) -> Path:
     try:
         return Path(
             snapshot_download(
