@@ -37,9 +37,9 @@ from nsae_cli.lm.collect import collect
 from nsae_cli.lm.config import CollectConfig
 from nsae_cli.reporter import SilentReporter
 from nsae_cli.store import commit
-from nsae_cli.store.shards import StoreWriter
 from nsae_cli.store.verified import VERIFIED
 from nsae_cli.store.workspace import Artifact, Kind, Workspace
+from nsae_cli.store.writer import StoreWriter
 from nsae_cli.training.checkpoint import CheckpointWriter
 from nsae_cli.training.loop import train
 from nsae_cli.training.steps import StepLoop

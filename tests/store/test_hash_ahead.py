@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from nsae_cli.errors import ArtifactError
-from nsae_cli.store.shards import StoreWriter, open_activations
+from nsae_cli.store.shards import open_activations
 from nsae_cli.store.verified import VERIFIED
+from nsae_cli.store.writer import StoreWriter
 
 HOOK = "blocks.0.hook_resid_post"
 #: More rows than are hashed at a time.
