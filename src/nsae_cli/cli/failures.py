@@ -91,8 +91,10 @@ def _of_the_command_line(error: BaseException) -> errors.UsageError:
         name = command.removeprefix("nsae ")
         return catalogue.COMMAND_LINE(f"{option} stands before the command: nsae {option} ... {name}")
     if message.startswith("No such command") and context is not None:
-        known = ", ".join(context.command.commands)
-        message = f"{message.removesuffix('?')}" if "Did you mean" in message else f"{message}; known are {known}"
+        if "Did you mean" not in message:
+            known = ", ".join(context.command.commands)
+            return catalogue.COMMAND_LINE(f"{message[:1].lower()}{message[1:]}; known are {known}")
+        message = message.removesuffix("?")
     complaint = message[:1].lower() + message[1:]
     return catalogue.COMMAND_LINE(f"{complaint}; see `{command} --help`")
 
