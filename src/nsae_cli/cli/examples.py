@@ -17,6 +17,18 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ),
         ("without a store", "nsae train --from-model gpt2 --tokens 100M --log-to tensorboard"),
     ),
+    "pull": (
+        ("one that was pushed, to work with here", "nsae pull org/repo:L6-relu"),
+        ("as it was at a tag, under another name", "nsae pull org/repo:L6-relu --revision v1 --name theirs"),
+    ),
+    "push": (
+        ("what would go where, without a network", "nsae push grid org/repo --dry-run"),
+        ("a group, each SAE in a folder; it asks first", "nsae push grid org/repo --license mit"),
+    ),
+    "export": (
+        ("for sparsify", "nsae export grid/L6-relu --to sparsify"),
+        ("for SAELens, into a folder of yours", "nsae export grid --to saelens --out ./for-saelens"),
+    ),
     "analyze-top-norms": (("of all SAEs of a group", "nsae analyze-top-norms grid --top 1%"),),
     "eval": (("on held-out text, per norm bin too", "nsae eval grid --bins"),),
     "audit": (
