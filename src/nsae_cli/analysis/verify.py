@@ -20,6 +20,7 @@ from nsae_cli.store import commit
 from nsae_cli.store.findings import Check, Finding
 from nsae_cli.store.manifest import MANIFEST
 from nsae_cli.store.shards import PROGRESS
+from nsae_cli.store.remote.places import is_url
 from nsae_cli.store.verify import StoreCheck, check_store, config_of, drop_damaged_shards
 from nsae_cli.store.workspace import Kind, Workspace
 from nsae_cli.training.checkpoint import BEGUN
@@ -81,10 +82,14 @@ def verify(references: Sequence[str], workspace: Workspace, *, repair: bool, rep
         Interrupted: a signal asked to stop.
     """
     targets = _find(references, workspace)
+    fetched: list[Path] = []
     with reporter.task("verifying", len(targets), "artifacts") as task:
         results = []
         for target in targets:
             _poll()
+            if not any(folder in (target.path, *target.path.parents) for folder in fetched):
+                workspace.fetch(target.path)
+                fetched.append(target.path)
             results.append(_check(target))
             task.advance(1)
     if repair:
@@ -92,6 +97,9 @@ def verify(references: Sequence[str], workspace: Workspace, *, repair: bool, rep
             if result.check.state == "damaged":
                 with workspace.writing(_locked(result), reporter):
                     _repair(result)
+    for result in results:
+        if result.state == "damaged":
+            workspace.forget(result.path)
     return results
 
 
@@ -129,7 +137,7 @@ def _find(references: Sequence[str], workspace: Workspace) -> list[_Target]:
         targets = list(_of_workspace(workspace))
         if not targets and not workspace.root.is_dir():
             raise catalogue.WORKSPACE_EMPTY(
-                f"there is no workspace {workspace.root}; choose another --workspace, or name a folder"
+                f"there is no workspace {workspace.place}; choose another --workspace, or name a folder"
             )
         return targets
     found: dict[Path, _Target] = {}
@@ -140,10 +148,14 @@ def _find(references: Sequence[str], workspace: Workspace) -> list[_Target]:
             if _is_name(reference) and os.path.isdir(folder := workspace.folder(kind, reference))
             for target in _of_folder(kind, reference.strip("/"), folder)
         ]
+        if is_url(reference):
+            from nsae_cli.store.remote.workspace import fetch_at_url
+
+            targets = _of_path(fetch_at_url(reference), workspace)
         targets = targets or _of_path(Path(reference), workspace)
         if not targets:
             raise catalogue.NOT_FOUND(
-                f"no artifact named {reference[:80]!r} in {workspace.root} and no such path; "
+                f"no artifact named {reference[:80]!r} in {workspace.place} and no such path; "
                 f"give a name that `nsae list` shows"
             )
         found |= {target.path: target for target in targets}

@@ -60,6 +60,22 @@ SYSTEM_ERROR = Entry(
     "Check what the line names, and the limits of the shell (`ulimit -a`).",
 )
 
+# Places named by a URL ------------------------------------------------------------------------------------------------
+
+REMOTE_FAILED = Entry(
+    "remote-failed",
+    ResourceError,
+    "A place named by a URL (`s3://`, `gs://`, …) does not answer, refuses access, or failed several times in a row. "
+    "What was uploaded before is complete.",
+    "Check the URL, your rights there and the network, and run the same command again: it goes on from what is there.",
+)
+REMOTE_PACKAGE = Entry(
+    "remote-package",
+    ResourceError,
+    "fsspec opens many kinds of URL with packages that nsae does not install.",
+    "Install the package that the line names.",
+)
+
 # Memory and devices --------------------------------------------------------------------------------------------------
 
 OUT_OF_MEMORY = Entry(

@@ -60,7 +60,10 @@ def command(
             parts.append("")
         figures = [figure for result in results for figure in result.figures]
         if figures:
-            parts += [Text("Figures", style="bold"), *(Text(f"  {figure}") for figure in figures)]
+            parts += [
+                Text("Figures", style="bold"),
+                *(Text(f"  {session.workspace.shown(figure)}") for figure in figures),
+            ]
         return Group(*parts)
 
     session.finish(

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from nsae_cli import catalogue
 from nsae_cli.errors import ArtifactError
-from nsae_cli.store import commit
+from nsae_cli.store import commit, presence
 from nsae_cli.store.manifest import FORMAT_VERSION, MANIFEST, Manifest, ShardEntry, read_manifest
 from nsae_cli.store.seal import is_sealed, seal, seal_fits
 
@@ -187,9 +187,7 @@ def recover_progress(progress: Path, config: dict[str, Any]) -> dict[int, ShardE
             f"{progress.parent.name} was begun with other options ({changed}); give the same, or another --name"
         )
     there = {
-        index: entry
-        for index, entry in entries.items()
-        if (path := progress.parent / entry.file).is_file() and path.stat().st_size == entry.bytes
+        index: entry for index, entry in entries.items() if presence.is_there(progress.parent / entry.file, entry.bytes)
     }
     if len(there) != len(entries) or not whole:
         commit.write_text(progress, progress_text(earlier, (there[index] for index in sorted(there))))
@@ -295,6 +293,7 @@ class ActivationStore:
             raise catalogue.SHARD_LINK(
                 f"{path} is a symbolic link; a store's shards must be files of its own, copy it there"
             )
+        presence.bring(path)
         if not path.is_file():
             raise catalogue.SHARD_MISSING(f"{path}: the file is missing; {remedy}")
         size = path.stat().st_size
