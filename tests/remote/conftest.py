@@ -9,9 +9,9 @@ import pytest
 from faulty_place import Faulty
 
 from nsae_cli import interrupt
+from nsae_cli.reporter import SilentReporter
 from nsae_cli.store import commit, presence
 from nsae_cli.store.remote import objects
-from nsae_cli.reporter import SilentReporter
 
 
 @pytest.fixture(autouse=True)

@@ -77,7 +77,7 @@ class Faulty(MemoryFileSystem):
             raise OSError("the place does not answer")
         if due == "truncate":
             return content[: len(content) // 2]
-        if due == "flip":
+        if due == "flip" and content:
             return content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
         return content
 

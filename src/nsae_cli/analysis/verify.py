@@ -19,8 +19,8 @@ from nsae_cli.reporter import Reporter
 from nsae_cli.store import commit
 from nsae_cli.store.findings import Check, Finding
 from nsae_cli.store.manifest import MANIFEST
-from nsae_cli.store.shards import PROGRESS
 from nsae_cli.store.remote.places import is_url
+from nsae_cli.store.shards import PROGRESS
 from nsae_cli.store.verify import StoreCheck, check_store, config_of, drop_damaged_shards
 from nsae_cli.store.workspace import Kind, Workspace
 from nsae_cli.training.checkpoint import BEGUN

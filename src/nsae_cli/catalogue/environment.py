@@ -72,7 +72,7 @@ REMOTE_FAILED = Entry(
 REMOTE_PACKAGE = Entry(
     "remote-package",
     ResourceError,
-    "fsspec opens many kinds of URL with packages that nsae does not install.",
+    "The package with which fsspec opens URLs of this kind is not installed; nsae brings none of them along.",
     "Install the package that the line names.",
 )
 

@@ -141,11 +141,23 @@ def writing(objects: Objects, folder: str, reporter: Reporter, *, break_lock: bo
         held.end()
 
 
+def remove_abandoned(objects: Objects, folder: str) -> None:
+    """Removes the lock that was left with a complete artifact, which nobody will take over any more.
+
+    Raises:
+        ResourceError: the place does not answer.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        found = _Lease.parse(objects.read(lock_path(folder)))
+        if found is None or found.age() >= ABANDONED or _has_ended(found):
+            objects.remove(lock_path(folder))
+
+
 def _require_abandoned(found: _Lease | None, name: str, reporter: Reporter, break_lock: bool) -> None:
     if found is None:
         reporter.warn(f"the lock of {name} cannot be read; taken over")
         return
-    if found.machine is not None and found.machine == _this_machine() and not _is_alive(found.holder.pid):
+    if _has_ended(found):
         reporter.warn(f"{name}: {found.holder} ended without finishing; going on from what it left")
         return
     if break_lock:
@@ -162,6 +174,11 @@ def _busy(name: str, found: _Lease, age: float) -> BusyError:
         f"{name} is being written by {found.holder} (seen {age:,.0f} s ago); wait until it has ended. If it was "
         f"killed, this command can begin in {ABANDONED - age:,.0f} s, or now with `nsae --break-lock`"
     )
+
+
+def _has_ended(lease: _Lease) -> bool:
+    """Whether its holder ran on this machine, and runs no more."""
+    return lease.machine is not None and lease.machine == _this_machine() and not _is_alive(lease.holder.pid)
 
 
 def _this_machine() -> str | None:

@@ -181,8 +181,8 @@ class Mirror:
                 if problem is None:
                     return
             raise catalogue.REMOTE_DAMAGED(
-                f"{self.objects.shown(name)}: {problem}; the file at the URL is damaged, "
-                f"`nsae verify {self.objects.shown(name).rpartition('/')[0]}` looks at all of them"
+                f"{self.objects.shown(name)}: {problem}; it is damaged at the URL, check the others there with "
+                f"`nsae verify {self.objects.shown(name).rpartition('/')[0]}`"
             )
 
         try:

@@ -71,11 +71,21 @@ def _resume_store(mirror: Mirror, folder: str, by_name: dict[str, RemoteFile]) -
     recorded: dict[str, ShardEntry] = {}
     for name in filter(is_progress, by_name):
         commit.make_folder(local)
-        commit.write_bytes(local / name, mirror.objects.read(f"{folder}/{name}"))
-        recorded |= {entry.file: entry for entry in read_progress(local / name)[1].values()}
+        recorded |= _fetch_progress(mirror, f"{folder}/{name}")
     for shard in local.glob("shard-*.safetensors"):
         if shard.name not in recorded or ours.get(shard.name) != recorded[shard.name]:
             commit.remove_file(shard)
+
+
+def _fetch_progress(mirror: Mirror, path: str) -> dict[str, ShardEntry]:
+    """The shards in a progress file, which is put into the copy. What came damaged is read once more."""
+    local = mirror.local / path
+    for _ in range(2):
+        commit.write_bytes(local, mirror.objects.read(path))
+        with contextlib.suppress(ArtifactError):
+            if read_progress(local)[2]:
+                break
+    return {entry.file: entry for entry in read_progress(local)[1].values()}
 
 
 def _recorded_here(local: Path) -> dict[str, ShardEntry]:
@@ -106,7 +116,8 @@ def _resume_training(mirror: Mirror, folder: str, by_name: dict[str, RemoteFile]
     for step in sorted(steps, reverse=True):
         if FILES_JSON not in steps[step]:
             continue  # it was being uploaded when its run ended
-        problem = _fetch_step(mirror, f"{folder}/{CHECKPOINTS}/step-{step}")
+        place = f"{folder}/{CHECKPOINTS}/step-{step}"
+        problem = _fetch_step(mirror, place) and _fetch_step(mirror, place)  # it may have come damaged
         if problem is None:
             chosen = step
             break

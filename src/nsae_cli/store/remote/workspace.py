@@ -124,6 +124,8 @@ class RemoteWorkspace(Workspace):
             with self.writing(folder, reporter):
                 for path in sorted(left, key=lambda path: not path.endswith(progress.FILES_JSON)):
                     self.mirror.objects.remove(path)
+        elif lease.lock_path(name) in self.mirror.listing and not self.mirror.objects.read_only:
+            lease.remove_abandoned(self.mirror.objects, name)
         super().tidy(folder, reporter, unneeded)
 
     def fetch(self, folder: Path) -> None:
