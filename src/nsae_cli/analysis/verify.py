@@ -19,7 +19,7 @@ from nsae_cli.reporter import Reporter
 from nsae_cli.store import commit
 from nsae_cli.store.findings import Check, Finding
 from nsae_cli.store.manifest import MANIFEST
-from nsae_cli.store.remote.places import is_url
+from nsae_cli.store.remote.places import drop_copy, is_url, without_secrets
 from nsae_cli.store.shards import PROGRESS
 from nsae_cli.store.verify import StoreCheck, check_store, config_of, drop_damaged_shards
 from nsae_cli.store.workspace import Kind, Workspace
@@ -81,6 +81,11 @@ def verify(references: Sequence[str], workspace: Workspace, *, repair: bool, rep
         BusyError: what is to be repaired is being written.
         Interrupted: a signal asked to stop.
     """
+    if repair and (urls := [reference for reference in references if is_url(reference)]):
+        raise catalogue.REFUSED_COMBINATION(
+            f"--repair {without_secrets(urls[0])}: it works on a workspace; give the URL of that, as in "
+            f"`nsae --workspace URL verify --repair NAME`"
+        )
     targets = _find(references, workspace)
     fetched: list[Path] = []
     with reporter.task("verifying", len(targets), "artifacts") as task:
@@ -100,6 +105,8 @@ def verify(references: Sequence[str], workspace: Workspace, *, repair: bool, rep
     for result in results:
         if result.state == "damaged":
             workspace.forget(result.path)
+            if any(is_url(reference) for reference in references):
+                drop_copy(result.path)
     return results
 
 

@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+from nsae_cli.store.commit import remove_folder
 from nsae_cli.store.seal import is_plain_name
 
 CACHE_VARIABLE, DEFAULT_CACHE = "NSAE_CACHE", "~/.cache/nsae"
@@ -34,6 +35,12 @@ def normal(url: str) -> str:
 def cache_folder() -> Path:
     """Where local copies are kept: ``NSAE_CACHE``, else ``~/.cache/nsae``."""
     return Path(os.environ.get(CACHE_VARIABLE) or DEFAULT_CACHE).expanduser().absolute()
+
+
+def drop_copy(folder: Path) -> None:
+    """Removes a folder of a local copy; one that is elsewhere is let alone."""
+    if cache_folder() in folder.absolute().parents:
+        remove_folder(folder)
 
 
 def local_copy(url: str) -> Path:
