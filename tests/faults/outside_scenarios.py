@@ -287,3 +287,25 @@ def _(place: Place) -> list[Any]:
     url = f"file://{place.store}"
     place.empty()
     return ["norms", url]
+
+
+# Jobs of a cluster
+
+
+def _launched(place: Place, *options: str) -> list[Any]:
+    config = place.tmp / "config.yaml"
+    config.write_text("stages:\n  - collect: {model: mini, tokens: 1k, name: s}\n")
+    place.empty()
+    return ["run", config, "--launcher", "submitit", *options]
+
+
+@scenario("LAUNCHER_MISSING")
+def _(place: Place) -> list[Any]:
+    place.patch.setattr("shutil.which", lambda *_: None)
+    return _launched(place)
+
+
+@scenario("JOB_FAILED")
+def _(place: Place) -> list[Any]:
+    place.raises("submitit.LocalExecutor.submit", RuntimeError("no such queue"))
+    return _launched(place, "--slurm", "cluster=local")

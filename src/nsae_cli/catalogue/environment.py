@@ -132,6 +132,19 @@ MODEL_FOLDER_MISSING = Entry(
     "The artifact was made with a model in a local folder. Artifacts hold no paths, so its place is not known.",
     "Say where it is with `--model DIR`.",
 )
+LAUNCHER_MISSING = Entry(
+    "launcher-missing",
+    ResourceError,
+    "`nsae run --launcher submitit` finds no submitit in this installation, or no SLURM on this machine.",
+    "Install `submitit`, and run it where `sbatch` and `srun` are: on a login node.",
+)
+JOB_FAILED = Entry(
+    "job-failed",
+    ResourceError,
+    "A job of `nsae run --launcher submitit` could not be submitted, or it ended without its result. The line has what "
+    "nsae said in the job; the others' results stay.",
+    "Look into the log that the line names, and run the same command again: only what is missing is submitted.",
+)
 CANNOT_WORK = Entry(
     "cannot-work",
     ResourceError,

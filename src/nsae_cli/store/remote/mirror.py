@@ -285,15 +285,16 @@ def is_safe(path: str) -> bool:
 
 
 def is_busy(folder: Path) -> bool:
-    """Whether a process of this machine is writing into a folder of the copy."""
-    try:
-        with lock_path(folder).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
+    """Whether a process of this machine is writing into a folder of the copy, or into one in it."""
+    for path in (lock_path(folder), *folder.glob(".*.lock")):
+        try:
+            with path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            continue
+    return False
 
 
 def _place(path: Path, write: Callable[[Path], None]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from nsae_cli import catalogue
 from nsae_cli.store.manifest import MANIFEST, read_manifest
 from nsae_cli.store.remote.lease import Writing
-from nsae_cli.store.remote.mirror import MARKS, Mirror
+from nsae_cli.store.remote.mirror import MARKS, NOTES, Mirror
 from nsae_cli.store.remote.progress import BEGUN, CHECKPOINTS, FILES_JSON, is_progress
 from nsae_cli.store.shards import read_progress
 from nsae_cli.store.workspace import Kind
@@ -81,21 +81,26 @@ class Uploads:
         if path.name.startswith(".") or path.name.endswith(".tmp") or path.name in _LOCAL_ONLY:
             return
         with self._lock:
-            # Reports and plots, and figures beside artifacts, are complete by themselves.
-            if (parts[0] in _SINGLE or (parts[0] in _KINDS and len(parts) == 2)) and path.is_file():
+            # Reports and plots, figures beside artifacts and group.json are complete by themselves.
+            single = parts[0] in _SINGLE or (parts[0] in _KINDS and (len(parts) == 2 or path.name in NOTES))
+            if single and path.is_file():
                 self.require_writable()
                 self._upload(path)
-            elif parts[0] in _KINDS and (lease := self._leases.get("/".join(parts[:2]))) is not None:
-                lease.check()
-                self._of_artifact(path, parts)
+            elif parts[0] in _KINDS and (folder := self._leased(parts)) is not None:
+                self._leases[folder].check()
+                self._of_artifact(path, parts, parts[folder.count("/") + 1 :])
 
-    def _of_artifact(self, path: Path, parts: list[str]) -> None:
+    def _leased(self, parts: list[str]) -> str | None:
+        """The folder, among those that this process writes, in which something is: KIND/NAME or KIND/NAME/CELL."""
+        return next((name for end in (3, 2) if (name := "/".join(parts[:end])) in self._leases), None)
+
+    def _of_artifact(self, path: Path, parts: list[str], inside: list[str]) -> None:
         if not path.exists():
             self._remove(parts)
-        elif len(parts) > 2 and parts[2] == CHECKPOINTS:
+        elif inside and inside[0] == CHECKPOINTS:
             if path.name == BEGUN:
                 self._upload(path)
-            elif path.is_dir() and path.name.startswith("step-") and len(parts) == 4:
+            elif path.is_dir() and path.name.startswith("step-") and len(inside) == 2:
                 for file in sorted(path.iterdir(), key=lambda file: file.name == FILES_JSON):
                     self._upload(file)
         elif is_progress(path.name):
@@ -128,8 +133,6 @@ class Uploads:
                         f"{self.mirror.objects.shown(self.mirror.path_of(folder / entry.file))} is not there as it was "
                         f"uploaded; delete {self.mirror.objects.shown(self.mirror.path_of(folder))} and run again"
                     )
-        if folder.parent.parent.parent == self.mirror.local and (folder.parent / "group.json").is_file():
-            self._upload(folder.parent / "group.json")
         self._upload(mark)
 
     def _upload(self, path: Path) -> None:

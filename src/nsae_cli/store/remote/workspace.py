@@ -118,7 +118,7 @@ class RemoteWorkspace(Workspace):
         left = [
             path
             for path in inside
-            if progress.is_progress(path.removeprefix(f"{name}/")) or path.startswith(f"{name}/{progress.CHECKPOINTS}/")
+            if progress.is_progress(path.removeprefix(f"{name}/")) or f"/{progress.CHECKPOINTS}/" in path
         ]
         if left and not self.mirror.objects.read_only:
             with self.writing(folder, reporter):
