@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from command import Outcome, contents, nsae
 from nsae_cli import interrupt
 from nsae_cli.errors import Interrupted, UsageError
 from nsae_cli.experiment.config import load_config
+from nsae_cli.experiment.job import Command
 from nsae_cli.experiment.launcher import SubmititLauncher, Unit
 from nsae_cli.experiment.launcher_options import SlurmOptions, parse_slurm_options
 from nsae_cli.reporter import SilentReporter
@@ -40,6 +44,18 @@ def launch(workspace: Path, config: Path, *arguments: str) -> Outcome:
     )
 
 
+def descendants(process: int) -> list[int]:
+    """Processes that a process has started, and those that they have."""
+    children = map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split())
+    return [found for child in children for found in (child, *descendants(child))]
+
+
+def preempt(controller: int) -> None:
+    """As SLURM does it: SIGUSR2 for every process of the job. (submitit's local controller itself would die of it.)"""
+    for process in descendants(controller):
+        os.kill(process, signal.SIGUSR2)
+
+
 def results(workspace: Path) -> dict[str, bytes]:
     return {name: content for name, content in contents(workspace).items() if not name.startswith("jobs/")}
 
@@ -60,11 +76,14 @@ def test_a_preempted_job_is_requeued_and_makes_the_same_bytes(here: Path, tmp_pa
     while not list(checkpoints.glob("step-*")):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    jobs[0][1]._interrupt()
+    preempt(int(jobs[0][1].job_id))
     launcher._wait(jobs)
     assert all(map(launcher._is_done, units))
     log = jobs[0][1].paths.stderr.read_text()
-    del log
+    assert "nsae: stopped" in log
+    assert log.count("[2/3] train g L2-relu") == 2
+    assert "going on from the checkpoint" in log
+    assert "Requeued job" in jobs[0][1].paths.stdout.read_text()
     outcome = launch(place, config)
     assert outcome.code == 0, outcome.err
     assert "stage 2" not in outcome.err, "what the jobs have made is not submitted again"
@@ -84,15 +103,16 @@ def test_slurm_options() -> None:
             parse_slurm_options(wrong)
 
 
-def test_whole_stages_as_jobs_and_a_second_call(here: Path, tmp_path: Path) -> None:
-    """With --split stages a grid is one job; what is there is neither submitted nor made again."""
+def test_whole_stages_as_jobs_and_a_second_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --split stages a grid is one job; what is there is not submitted again; nothing of submitit is unpickled."""
+    monkeypatch.setattr("submitit.core.utils.pickle_load", None)
     small = tmp_path / "small.yaml"
-    small.write_text(CONFIG.replace("160k", "4k"))
+    small.write_text(CONFIG.replace("160k", "4k").split("  - analyze")[0])
     assert nsae("--workspace", tmp_path / "expected", "run", small).code == 0
     place = tmp_path / "runs"
     outcome = launch(place, small, "--split", "stages")
     assert outcome.code == 0, outcome.err
-    for line in ("stage 1, collect s: 1 job", "stage 2, train g: 1 job", "stage 3, analyze-top-norms a: 1 job"):
+    for line in ("stage 1, collect s: 1 job", "stage 2, train g: 1 job"):
         assert line in outcome.err
     assert results(place) == results(tmp_path / "expected")
     again = launch(place, small)
@@ -117,7 +137,7 @@ def test_the_debug_executor_and_a_workspace_at_a_url(
     assert contents(tmp_path / "bucket") == contents(tmp_path / "expected")
 
 
-def test_a_job_that_fails(here: Path, tmp_path: Path) -> None:
+def test_a_job_that_fails(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("stages:\n  - collect: {model: mini, tokens: 1k, dtype: fp16, device: cuda, name: s}\n")
     outcome = launch(tmp_path / "runs", config)
@@ -172,3 +192,34 @@ def test_the_command_of_a_job(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="exit code 3"):
         Command([sys.executable, "-c", "raise SystemExit(3)"], str(tmp_path / "none.json"))()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json"]
+
+
+def test_what_slurm_is_given(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job array with the options that were asked for; a later call finds it running and waits for it."""
+    tools = {
+        "srun": "exit 1",
+        "sbatch": 'cp "$1" "$(dirname "$0")/script" && echo "Submitted batch job 4711"',
+        "sacct": 'printf "JobID|State|NodeList\\n4711_0|RUNNING|n1\\n4711_1|FAILED|n2\\n"',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, line in tools.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    config, place = tmp_path / "config.yaml", tmp_path / "runs"
+    config.write_text(CONFIG.replace("160k", "4k"))
+    assert nsae("--workspace", place, "run", config, "--stage", "1").code == 0
+    options = parse_slurm_options(["partition=gpu", "gpus=1", "mem=64G", "time=90", "mail-user=me", "parallel=8"])
+    launcher = SubmititLauncher(config, Workspace(place), options, True, SilentReporter())
+    units = launcher._units(2, load_config(config, Workspace(place))[1], ["s"])
+    (place / "jobs").mkdir()
+    assert [job.job_id for _, job in launcher._submit(units)] == ["4711_0", "4711_1"]
+    script = (tmp_path / "bin" / "script").read_text()
+    for flag in ("array=0-1%2", "partition=gpu", "gpus-per-node=1", "mem=64G", "time=90", "mail-user=me",
+                 "signal=USR2@120", "requeue", "open-mode=append"):  # fmt: skip
+        assert f"#SBATCH --{flag}\n" in script
+    assert f"{place}/jobs" in script
+    (tmp_path / "bin" / "script").unlink()
+    again = launcher._submit(units)
+    assert [(unit.cell, job.job_id) for unit, job in again] == [("L2-relu", "4711_0"), ("L2-tanh-relu", "4711")]
+    assert "array" not in (tmp_path / "bin" / "script").read_text(), "only the one that has failed"

@@ -224,6 +224,7 @@ class SubmititLauncher:
         with contextlib.suppress(OSError):
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
             said = next((line.removeprefix("nsae: ") for line in reversed(lines) if line.startswith("nsae: ")), "")
+        said = said.partition(f": {unit.label}: ")[2] or said  # the place in the file is said here too
         others = f" (and {len(failed) - 1} more of {of})" if len(failed) > 1 else ""
         return catalogue.JOB_FAILED(
             f"job {job.job_id}, {unit.label}, has failed{others}: {said or 'no word of nsae in its log'}; read {log}, "
