@@ -16,9 +16,11 @@ from nsae_cli.errors import ArtifactError, NsaeError, ResourceError
 from nsae_cli.reporter import SilentReporter
 from nsae_cli.store import commit, presence
 from nsae_cli.store.manifest import read_manifest
+from nsae_cli.store.progress import progress_text
 from nsae_cli.store.remote import lease
-from nsae_cli.store.shards import open_activations, progress_text, unneeded_files
+from nsae_cli.store.shards import open_activations
 from nsae_cli.store.workspace import Kind, Workspace
+from nsae_cli.store.writer import unneeded_files
 from nsae_cli.training.checkpoint import Checkpoints
 
 ROWS, SHARDS, STEPS = make_rows(contexts=30), [80, 80, 80], 3

@@ -22,7 +22,7 @@ from typing import Any
 from nsae_cli import catalogue
 from nsae_cli.errors import BusyError, NsaeError
 from nsae_cli.reporter import Reporter
-from nsae_cli.store.lock import Holder
+from nsae_cli.store.lock_file import Holder
 from nsae_cli.store.remote.objects import Objects
 
 #: Seconds between renewals, and after which a lease that was not renewed is taken over.
@@ -124,7 +124,7 @@ def writing(objects: Objects, folder: str, reporter: Reporter, *, break_lock: bo
         ResourceError: the place cannot be written.
     """
     path, name = lock_path(folder), folder.rpartition("/")[2]
-    lease = _Lease(Holder.this_process(), uuid.uuid4().hex, time.time(), _this_machine())
+    lease = _Lease(Holder.this_process({}), uuid.uuid4().hex, time.time(), _this_machine())
     while not objects.create(path, lease.content()):
         try:
             found = _Lease.parse(objects.read(path))

@@ -22,7 +22,7 @@ from nsae_cli import catalogue, interrupt
 from nsae_cli.errors import ArtifactError
 from nsae_cli.reporter import Reporter
 from nsae_cli.store import commit
-from nsae_cli.store.lock import lock_path
+from nsae_cli.store.lock_file import lock_path
 from nsae_cli.store.manifest import MANIFEST, ShardEntry, read_manifest
 from nsae_cli.store.remote.objects import Objects, RemoteFile
 from nsae_cli.store.seal import FILES, is_plain_name, seal_fits

@@ -14,10 +14,10 @@ from typing import Any
 from nsae_cli.errors import ArtifactError
 from nsae_cli.store import commit
 from nsae_cli.store.manifest import ShardEntry
+from nsae_cli.store.progress import read_progress
 from nsae_cli.store.remote.mirror import MARKS, NOTES, Mirror
 from nsae_cli.store.remote.objects import RemoteFile
 from nsae_cli.store.seal import is_plain_name
-from nsae_cli.store.shards import read_progress
 
 CHECKPOINTS, BEGUN, FILES_JSON = "checkpoints", "begun.json", "files.json"
 _PROGRESS = re.compile(r"progress[A-Za-z0-9_.\-]*\.jsonl")
@@ -83,9 +83,9 @@ def _fetch_progress(mirror: Mirror, path: str) -> dict[str, ShardEntry]:
     for _ in range(2):
         commit.write_bytes(local, mirror.objects.read(path))
         with contextlib.suppress(ArtifactError):
-            if read_progress(local)[2]:
+            if read_progress(local).whole:
                 break
-    return {entry.file: entry for entry in read_progress(local)[1].values()}
+    return {entry.file: entry for entry in read_progress(local).entries.values()}
 
 
 def _recorded_here(local: Path) -> dict[str, ShardEntry]:
@@ -93,7 +93,7 @@ def _recorded_here(local: Path) -> dict[str, ShardEntry]:
     found: dict[str, ShardEntry] = {}
     for path in _progress_files(local):
         with contextlib.suppress(ArtifactError):
-            found |= {entry.file: entry for entry in read_progress(path)[1].values()}
+            found |= {entry.file: entry for entry in read_progress(path).entries.values()}
     return found
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from nsae_cli import catalogue
 from nsae_cli.store.manifest import MANIFEST, read_manifest
+from nsae_cli.store.progress import read_progress
 from nsae_cli.store.remote.lease import Writing
 from nsae_cli.store.remote.mirror import MARKS, NOTES, Mirror
 from nsae_cli.store.remote.progress import BEGUN, CHECKPOINTS, FILES_JSON, is_progress
-from nsae_cli.store.shards import read_progress
 from nsae_cli.store.workspace import Kind
 
 _KINDS = frozenset(kind.folder for kind in Kind)
@@ -111,8 +111,7 @@ class Uploads:
             self._upload(path)  # a figure that was drawn later
 
     def _upload_progress(self, path: Path) -> None:
-        _, entries, _ = read_progress(path)
-        for entry in entries.values():
+        for entry in read_progress(path).entries.values():
             if (shard := path.parent / entry.file).is_file():
                 self._upload(shard)
         self._upload(path)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nsae_cli import catalogue
 from nsae_cli.errors import ArtifactError
+from nsae_cli.launch import ALONE, Placement
 from nsae_cli.reporter import Reporter
 from nsae_cli.store import commit, presence
+from nsae_cli.store.lock import Turn
 from nsae_cli.store.remote import lease, progress
 from nsae_cli.store.remote.mirror import MARKS, NOTES, Mirror, is_busy, is_safe
 from nsae_cli.store.remote.objects import Objects, RemoteFile
@@ -90,28 +92,39 @@ class RemoteWorkspace(Workspace):
                     presence.reporter.warn(str(error))
 
     @contextlib.contextmanager
-    def writing(self, folder: Path, reporter: Reporter) -> Iterator[None]:
+    def writing(
+        self,
+        folder: Path,
+        reporter: Reporter,
+        worker: Placement = ALONE,
+        software: Mapping[str, str] | None = None,
+    ) -> Iterator[Turn]:
         """As `Workspace.writing`, on every machine: and first brings what the URL has of the artifact.
 
         Raises:
-            UsageError: nothing can be written there.
+            UsageError: nothing can be written there, or not by several workers.
             BusyError: another process is writing there.
             ResourceError: the workspace cannot be written.
         """
         self.uploads.require_writable()
+        if not worker.alone:
+            raise catalogue.REFUSED_COMBINATION(
+                f"--workspace {self.place}: workers that share a store ({worker}) need a folder that all of them see; "
+                f"give one as --workspace and copy the store, or start one process"
+            )
         name, objects = self._name(folder), self.mirror.objects
         with (
-            super().writing(folder, reporter),
+            super().writing(folder, reporter, worker, software) as turn,
             lease.writing(objects, name, reporter, break_lock=self.break_lock) as held,
         ):
             progress.resume(self.mirror, name)
             self.uploads.begin(name, held)
             try:
-                yield
+                yield turn
             finally:
                 self.uploads.end(name)
 
-    def tidy(self, folder: Path, reporter: Reporter, unneeded: Sequence[Path] = ()) -> None:
+    def tidy(self, folder: Path, reporter: Reporter, unneeded: Sequence[Path] = (), worker: Placement = ALONE) -> None:
         """As `Workspace.tidy`, at the URL too."""
         name = self._name(folder)
         inside = [path for path in self.mirror.listing if path.startswith(f"{name}/")]
@@ -120,13 +133,13 @@ class RemoteWorkspace(Workspace):
             for path in inside
             if progress.is_progress(path.removeprefix(f"{name}/")) or f"/{progress.CHECKPOINTS}/" in path
         ]
-        if left and not self.mirror.objects.read_only:
+        if left and worker.alone and not self.mirror.objects.read_only:
             with self.writing(folder, reporter):
                 for path in sorted(left, key=lambda path: not path.endswith(progress.FILES_JSON)):
                     self.mirror.objects.remove(path)
         elif lease.lock_path(name) in self.mirror.listing and not self.mirror.objects.read_only:
             lease.remove_abandoned(self.mirror.objects, name)
-        super().tidy(folder, reporter, unneeded)
+        super().tidy(folder, reporter, unneeded, worker)
 
     def fetch(self, folder: Path) -> None:
         """Brings everything of an artifact anew, as it is at the URL, for `nsae verify`."""
