@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provoking import Place, commands, edit, scenario, system_error
+from provoking import Place, commands, edit, flip, scenario, system_error
 from safetensors.torch import load_file, save_file
 
 from hand_store import HOOK, make_rows, write_foreign, write_full
 from nsae_cli.store import commit
+from nsae_cli.store.remote import objects
 
 COLLECT = ["collect", "--model", "mini", "--tokens", "2k", "--device", "cpu", "--name", "new"]
 
@@ -281,3 +282,67 @@ def _(place: Place) -> list[Any]:
 def _(place: Place) -> list[Any]:
     gone = _hub_error("RepositoryNotFoundError", 404)
     return _push(place, whoami={}, model_info=gone, create_repo=system_error(errno.ECONNRESET))
+
+
+# Places named by a URL
+
+
+def _no_waiting(place: Place) -> None:
+    place.patch.setenv("NSAE_CACHE", str(place.tmp / "cache"))
+    place.patch.setattr(objects, "WAITS", ())
+
+
+@scenario("REMOTE_FAILED")
+def _(place: Place) -> list[Any]:
+    _no_waiting(place)
+    place.raises("fsspec.implementations.local.LocalFileSystem.info", TimeoutError("no answer"))
+    return ["norms", f"file://{place.store}"]
+
+
+@scenario("REMOTE_PACKAGE")
+def _(place: Place) -> list[Any]:
+    place.raises("fsspec.core.url_to_fs", ImportError("Install s3fs to access S3"))
+    return ["norms", "s3://bucket/ws/activations/store"]
+
+
+commands(URL_UNKNOWN="norms nowhere://bucket/ws/activations/store")
+
+
+@scenario("URL_READ_ONLY")
+def _(place: Place) -> list[Any]:
+    _no_waiting(place)
+    place.patch.setattr(objects, "READ_ONLY", ("memory",))
+    place.workspace = "memory://read-only/ws"  # type: ignore[assignment]
+    return COLLECT
+
+
+@scenario("REMOTE_DAMAGED")
+def _(place: Place) -> list[Any]:
+    _no_waiting(place)
+    place.damaged()
+    flip(place.store / "shard-00000.safetensors")
+    url = f"file://{place.store}"
+    place.empty()
+    return ["norms", url]
+
+
+# Jobs of a cluster
+
+
+def _launched(place: Place, *options: str) -> list[Any]:
+    config = place.tmp / "config.yaml"
+    config.write_text("stages:\n  - collect: {model: mini, tokens: 1k, name: s}\n")
+    place.empty()
+    return ["run", config, "--launcher", "submitit", *options]
+
+
+@scenario("LAUNCHER_MISSING")
+def _(place: Place) -> list[Any]:
+    place.patch.setattr("shutil.which", lambda *_: None)
+    return _launched(place)
+
+
+@scenario("JOB_FAILED")
+def _(place: Place) -> list[Any]:
+    place.raises("submitit.LocalExecutor.submit", RuntimeError("no such queue"))
+    return _launched(place, "--slurm", "cluster=local")

@@ -20,6 +20,7 @@ from nsae_cli.interop.opening import open_sae, read_folder
 from nsae_cli.lm.quiet import quiet_libraries
 from nsae_cli.reporter import Reporter
 from nsae_cli.store import commit
+from nsae_cli.store.remote.places import is_url, without_secrets
 from nsae_cli.store.shards import ActivationStore, describe_changes, open_activations
 from nsae_cli.store.workspace import Artifact, Kind, Workspace, check_name
 
@@ -114,6 +115,14 @@ def _find(reference: str | None, workspace: Workspace, reporter: Reporter) -> tu
         newest = workspace.newest(Kind.SAE)
         reporter.note(f"using the newest saes: {newest.name}")
         return newest.name, read_folder(newest.path)
+    if is_url(reference):
+        saes = workspace.find(Kind.SAE, reference)
+        if len(saes) > 1:
+            raise catalogue.SEVERAL_SAES(
+                f"{without_secrets(reference)} holds {len(saes)} SAEs; name one of them, such as "
+                f"{without_secrets(reference).rstrip('/')}/{saes[0].path.name}"
+            )
+        return saes[0].name, read_folder(saes[0].path)
     own = workspace.folder(Kind.SAE, reference)
     if own.is_dir():
         return _name_of(own, workspace), read_folder(own)

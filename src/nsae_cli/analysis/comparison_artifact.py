@@ -21,7 +21,7 @@ from nsae_cli.errors import NsaeError
 from nsae_cli.report.comparison_markdown import comparison_markdown
 from nsae_cli.report.figures import comparison_differences, comparison_fronts, save_png
 from nsae_cli.reporter import Reporter
-from nsae_cli.store import commit
+from nsae_cli.store import commit, presence
 from nsae_cli.store.data_files import read_arrays
 from nsae_cli.store.manifest import read_manifest
 from nsae_cli.store.seal import is_plain_name
@@ -183,6 +183,7 @@ def _read_run(artifact: Artifact) -> dict[str, Any]:
 
 
 def _optional_hash(path: Path) -> str | None:
+    presence.bring(path)
     return commit.file_sha256(path) if path.is_file() else None
 
 
@@ -239,6 +240,7 @@ class _Evaluations:
 
 def _read_contexts(evaluation: _Evaluation) -> dict[str, np.ndarray] | None:
     path = evaluation.artifact.path / _CONTEXTS
+    presence.bring(path)
     if not path.is_file():
         return None
     tensors = read_arrays(path, evaluation.document)

@@ -249,7 +249,7 @@ class TextResolver:
             [artifact] = self._workspace.find_recorded(Kind.ACTIVATIONS, trained_on["name"])
         except UsageError as error:
             raise catalogue.STORE_OF_SAE_MISSING(
-                f"the activations {trained_on['name']!r} that {sae} was trained on are not in {self._workspace.root}; "
+                f"the activations {trained_on['name']!r} that {sae} was trained on are not in {self._workspace.place}; "
                 f"name a store with --activations, or a text with --corpus"
             ) from error
         store = self._open(artifact.path)

@@ -147,6 +147,6 @@ def norms_of(saes: Sequence[SaeContent], workspace: Workspace) -> list[Artifact]
 def refuse_nothing(workspace: Workspace) -> UsageError:
     """The error for a workspace without anything to show."""
     return catalogue.WORKSPACE_EMPTY(
-        f"nothing to report on in {workspace.root}: no norms and no SAEs; make some with `nsae collect --model mini`, "
+        f"nothing to report on in {workspace.place}: no norms and no SAEs; make some with `nsae collect --model mini`, "
         f"`nsae norms` and `nsae train`, or choose another --workspace"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from nsae_cli.errors import NsaeError
@@ -17,19 +16,18 @@ def take_inventory(workspace: Workspace) -> list[dict[str, Any]]:
         for artifact in workspace.complete(kind):
             detail = _detail(artifact)
             status, shown = ("complete", detail) if detail is not None else ("damaged", f"{kind.mark} cannot be read")
-            rows.append(_row(kind, artifact.name, status, artifact.path, shown))
+            rows.append(_row(kind, artifact.name, status, workspace.size(artifact.path), shown))
         for folder in workspace.unfinished(kind):
             if kind is Kind.SAE and (foreign := _foreign(folder)) is not None:
                 rows.append(_row(kind, folder.name, "complete", folder, foreign))
                 continue
             # Stores come from collect or alter.
             command = "command" if kind is Kind.ACTIVATIONS else f"nsae {kind.command}"
-            rows.append(_row(kind, folder.name, "unfinished", folder, f"run the same {command} again"))
+            rows.append(_row(kind, folder.name, "unfinished", workspace.size(folder), f"run the same {command} again"))
     return rows
 
 
-def _row(kind: Kind, name: str, status: str, folder: Path, detail: str) -> dict[str, Any]:
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _row(kind: Kind, name: str, status: str, size: int, detail: str) -> dict[str, Any]:
     return {"kind": kind.folder, "name": name, "status": status, "size": size, "detail": detail}
 
 

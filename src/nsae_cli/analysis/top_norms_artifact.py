@@ -166,7 +166,7 @@ def store_of(saved: SavedSae, activations: str | None, workspace: Workspace) -> 
     except UsageError as error:
         raise catalogue.STORE_OF_SAE_MISSING(
             f"the activations {trained_on['name']!r} that {saved.path.name} was trained on are not in "
-            f"{workspace.root}; name a store with --activations"
+            f"{workspace.place}; name a store with --activations"
         ) from error
     store = open_activations(artifact.path)
     if store.manifest_sha256 != trained_on["manifest_sha256"]:

@@ -20,6 +20,7 @@ from nsae_cli.store import commit
 from nsae_cli.store.findings import Check, Finding
 from nsae_cli.store.manifest import MANIFEST
 from nsae_cli.store.progress import PROGRESS, progress_files
+from nsae_cli.store.remote.places import drop_copy, is_url, without_secrets
 from nsae_cli.store.verify import StoreCheck, check_store, config_of, drop_damaged_shards
 from nsae_cli.store.workspace import Kind, Workspace
 from nsae_cli.training.checkpoint import BEGUN
@@ -80,11 +81,20 @@ def verify(references: Sequence[str], workspace: Workspace, *, repair: bool, rep
         BusyError: what is to be repaired is being written.
         Interrupted: a signal asked to stop.
     """
+    if repair and (urls := [reference for reference in references if is_url(reference)]):
+        raise catalogue.REFUSED_COMBINATION(
+            f"--repair {without_secrets(urls[0])}: it works on a workspace; give the URL of that, as in "
+            f"`nsae --workspace URL verify --repair NAME`"
+        )
     targets = _find(references, workspace)
+    fetched: list[Path] = []
     with reporter.task("verifying", len(targets), "artifacts") as task:
         results = []
         for target in targets:
             _poll()
+            if not any(folder in (target.path, *target.path.parents) for folder in fetched):
+                workspace.fetch(target.path)
+                fetched.append(target.path)
             results.append(_check(target))
             task.advance(1)
     if repair:
@@ -92,6 +102,11 @@ def verify(references: Sequence[str], workspace: Workspace, *, repair: bool, rep
             if result.check.state == "damaged":
                 with workspace.writing(_locked(result), reporter):
                     _repair(result)
+    for result in results:
+        if result.state == "damaged":
+            workspace.forget(result.path)
+            if any(is_url(reference) for reference in references):
+                drop_copy(result.path)
     return results
 
 
@@ -129,7 +144,7 @@ def _find(references: Sequence[str], workspace: Workspace) -> list[_Target]:
         targets = list(_of_workspace(workspace))
         if not targets and not workspace.root.is_dir():
             raise catalogue.WORKSPACE_EMPTY(
-                f"there is no workspace {workspace.root}; choose another --workspace, or name a folder"
+                f"there is no workspace {workspace.place}; choose another --workspace, or name a folder"
             )
         return targets
     found: dict[Path, _Target] = {}
@@ -140,10 +155,14 @@ def _find(references: Sequence[str], workspace: Workspace) -> list[_Target]:
             if _is_name(reference) and os.path.isdir(folder := workspace.folder(kind, reference))
             for target in _of_folder(kind, reference.strip("/"), folder)
         ]
+        if is_url(reference):
+            from nsae_cli.store.remote.workspace import fetch_at_url
+
+            targets = _of_path(fetch_at_url(reference), workspace)
         targets = targets or _of_path(Path(reference), workspace)
         if not targets:
             raise catalogue.NOT_FOUND(
-                f"no artifact named {reference[:80]!r} in {workspace.root} and no such path; "
+                f"no artifact named {reference[:80]!r} in {workspace.place} and no such path; "
                 f"give a name that `nsae list` shows"
             )
         found |= {target.path: target for target in targets}

@@ -110,6 +110,13 @@ DAMAGE_FOUND = Entry(
     "`nsae verify` has looked at every byte and found some that are not what was written. Each finding stands above.",
     "Run `nsae verify --repair`: it drops what is damaged and says how to make it again.",
 )
+REMOTE_DAMAGED = Entry(
+    "remote-damaged",
+    ArtifactError,
+    "A file at a URL is not what its artifact's JSON says of it, twice in a row: it was damaged or changed there. It "
+    "is not used, and does not enter the local copy.",
+    "`nsae --workspace URL verify --repair NAME`, then the command that made it again.",
+)
 SAE_INVALID = Entry(
     "sae-invalid",
     ArtifactError,

@@ -60,6 +60,22 @@ SYSTEM_ERROR = Entry(
     "Check what the line names, and the limits of the shell (`ulimit -a`).",
 )
 
+# Places named by a URL ------------------------------------------------------------------------------------------------
+
+REMOTE_FAILED = Entry(
+    "remote-failed",
+    ResourceError,
+    "A place named by a URL (`s3://`, `gs://`, …) does not answer, refuses access, or failed several times in a row. "
+    "What was uploaded before is complete.",
+    "Check the URL, your rights there and the network, and run the same command again: it goes on from what is there.",
+)
+REMOTE_PACKAGE = Entry(
+    "remote-package",
+    ResourceError,
+    "The package with which fsspec opens URLs of this kind is not installed; nsae brings none of them along.",
+    "Install the package that the line names.",
+)
+
 # Memory and devices --------------------------------------------------------------------------------------------------
 
 OUT_OF_MEMORY = Entry(
@@ -136,6 +152,19 @@ MODEL_FOLDER_MISSING = Entry(
     ResourceError,
     "The artifact was made with a model in a local folder. Artifacts hold no paths, so its place is not known.",
     "Say where it is with `--model DIR`.",
+)
+LAUNCHER_MISSING = Entry(
+    "launcher-missing",
+    ResourceError,
+    "`nsae run --launcher submitit` finds no submitit in this installation, or no SLURM on this machine.",
+    "Install `submitit`, and run it where `sbatch` and `srun` are: on a login node.",
+)
+JOB_FAILED = Entry(
+    "job-failed",
+    ResourceError,
+    "A job of `nsae run --launcher submitit` could not be submitted, or it ended without its result. The line has what "
+    "nsae said in the job; the others' results stay.",
+    "Look into the log that the line names, and run the same command again: only what is missing is submitted.",
 )
 CANNOT_WORK = Entry(
     "cannot-work",

@@ -55,6 +55,20 @@ KERNEL_MISSING = Entry(
 
 # Names and artifacts -------------------------------------------------------------------------------------------------
 
+URL_UNKNOWN = Entry(
+    "url-unknown",
+    UsageError,
+    "A URL of a kind that no package opens, or that is none.",
+    "Use `s3://bucket/folder`, `gs://bucket/folder`, `hf://datasets/name/repository/folder` or another protocol of "
+    "fsspec.",
+)
+URL_READ_ONLY = Entry(
+    "url-read-only",
+    UsageError,
+    "The workspace is at a URL to which nsae writes nothing: over http, or in a repository of the Hugging Face hub, "
+    "where each file would be a commit.",
+    "Choose another `--workspace`, and name what is at the URL as an input.",
+)
 NAME_INVALID = Entry(
     "name-invalid",
     UsageError,

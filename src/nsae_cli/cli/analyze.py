@@ -42,7 +42,7 @@ def command(
     artifacts = [result.artifact for result in analysis.results]
     session.say_where(artifacts, analysis.already_complete)
     for figure in analysis.figures:
-        session.reporter.note(f"figure: {figure}")
+        session.reporter.note(f"figure: {session.workspace.shown(figure)}")
     documents = [result.document for result in analysis.results]
 
     def show() -> RenderableType:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from pathlib import Path
 from typing import Annotated, TextIO
 
 import typer
@@ -36,7 +35,6 @@ from nsae_cli.cli import (
 from nsae_cli.cli.console import print_text
 from nsae_cli.cli.group import CommandGroup
 from nsae_cli.cli.session import Session
-from nsae_cli.store.workspace import Workspace
 
 _CHAIN = """
 \b
@@ -90,8 +88,8 @@ def _version(asked: bool) -> None:
 def _before_the_command(
     context: typer.Context,
     workspace: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Folder of all artifacts (else $NSAE_WORKSPACE, else ./nsae-runs)."),
+        str | None,
+        typer.Option(metavar="DIR|URL", help="Place of all artifacts (else $NSAE_WORKSPACE, else ./nsae-runs)."),
     ] = None,
     verbose: Annotated[
         bool, typer.Option("-v", "--verbose", help="Progress every second, remarks with the time elapsed.")
@@ -109,11 +107,10 @@ def _before_the_command(
     if context.invoked_subcommand is None:
         print_text(context.get_help())
         raise typer.Exit
-    chosen = Workspace.at(workspace, break_lock=break_lock)
     session: Session = context.obj
-    session.begin(chosen, verbosity=int(verbose) - int(quiet), json=json)
+    session.begin(workspace, break_lock, verbosity=int(verbose) - int(quiet), json=json)
     if context.invoked_subcommand != "doctor":  # which reports it with everything else
-        session.check_workspace()
+        session.open_workspace()
 
 
 def invoke(arguments: list[str]) -> int:

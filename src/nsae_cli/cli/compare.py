@@ -44,5 +44,5 @@ def command(
     result = run_compare(saes or [], options, session.workspace, name, session.reporter)
     session.say_where([result.artifact], result.already_complete)
     for figure in result.figures:
-        session.reporter.note(f"figure: {figure}")
+        session.reporter.note(f"figure: {session.workspace.shown(figure)}")
     session.finish("compare", [result.artifact], [result.document], lambda: comparison_table(result.document))

@@ -13,6 +13,6 @@ def command(context: typer.Context) -> None:
     from nsae_cli.report.tables import workspace_table
 
     session = session_of(context)
-    session.reporter.note(f"workspace: {session.workspace.root}")
+    session.reporter.note(f"workspace: {session.workspace.place}")
     rows = take_inventory(session.workspace)
     session.finish_rows("list", rows, lambda: workspace_table(rows))

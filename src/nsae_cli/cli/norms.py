@@ -41,5 +41,5 @@ def command(
     result = run_norms(open_activations(store.path), options, session.workspace, name, session.reporter)
     session.say_where([result.artifact], result.already_complete)
     for figure in result.figures:
-        session.reporter.note(f"figure: {figure}")
+        session.reporter.note(f"figure: {session.workspace.shown(figure)}")
     session.finish("norms", [result.artifact], [result.document], lambda: norms_table(result.document))

@@ -235,7 +235,7 @@ class _Reader:
             hint = _nearest(reference, named) if named else ""
             self._problem(
                 line,
-                f"{key}: no stage before this one and nothing in {self.workspace.root} is named {reference!r}{hint}",
+                f"{key}: no stage before this one and nothing in {self.workspace.place} is named {reference!r}{hint}",
             )
         except ArtifactError as error:
             self._problem(line, f"{key}: {error}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from nsae_cli.store.alter import AlterOptions, alter_store
 from nsae_cli.store.shards import ActivationStore, open_activations
 from nsae_cli.store.workspace import Artifact, Kind, Workspace
 from nsae_cli.training.loop import train
+from nsae_cli.training.plan import find_finished, make_plan
+from nsae_cli.training.source import TrainingSource
 
 
 @dataclass
@@ -50,6 +52,7 @@ class Stage:
             where the command takes no input.
         name: of its result, or None for the default.
         activations: for analyze-top-norms and eval, the store to measure on, or None.
+        cell: of a training grid the only one to be trained; None for all.
     """
 
     command: str
@@ -58,11 +61,12 @@ class Stage:
     reads: list[str] | int
     name: str | None
     activations: str | None
+    cell: str | None = None
 
     @property
     def label(self) -> str:
-        """Command and name, for progress and messages."""
-        return self.command if self.name is None else f"{self.command} {self.name}"
+        """Command, name and cell, for progress and messages."""
+        return " ".join(part for part in (self.command, self.name, self.cell) if part is not None)
 
 
 @dataclass(frozen=True)
@@ -113,10 +117,29 @@ def _alter(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Repo
 
 
 def _train(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:
-    store = None if stage.options.from_model else workspace.find(Kind.ACTIVATIONS, inputs[0])[0]
-    source = choose_source(stage.options, store, workspace)
-    result = train(stage.options, source, workspace, stage.name, reporter)
+    source = _source(stage, inputs, workspace)
+    result = train(stage.options, source, workspace, stage.name, reporter, stage.cell)
     return StageResult("train", result.artifacts, result.runs, [], result.already_complete)
+
+
+def _source(stage: Stage, inputs: Sequence[str], workspace: Workspace) -> TrainingSource:
+    store = None if stage.options.from_model else workspace.find(Kind.ACTIVATIONS, inputs[0])[0]
+    return choose_source(stage.options, store, workspace)
+
+
+def unfinished_cells(stage: Stage, inputs: Sequence[str], workspace: Workspace) -> list[str] | None:
+    """The cells of a training grid that are still to be trained; None for a stage that is not one.
+
+    Raises:
+        UsageError: as `train`.
+    """
+    if stage.command != "train":
+        return None
+    plan = make_plan(stage.options, _source(stage, inputs, workspace), workspace, stage.name)
+    if len(plan.configs) == 1:
+        return None
+    finished = find_finished(plan)
+    return [cell for cell in plan.configs if cell not in finished]
 
 
 def _analyze(stage: Stage, inputs: list[str], workspace: Workspace, reporter: Reporter) -> StageResult:

@@ -11,6 +11,7 @@ from nsae_cli.interop.conversion import PICKLES, how_to_convert
 from nsae_cli.interop.foreign import ForeignSae, hub_model, text, truth, whole_number
 from nsae_cli.interop.hub import WEIGHT_FILES, HubReference, download
 from nsae_cli.interop.tensors import refuse_non_finite
+from nsae_cli.store import presence
 from nsae_cli.store.commit import read_json
 from nsae_cli.store.sae_folder import LOG, RUN, load_sae
 
@@ -54,6 +55,7 @@ def open_sae(reference: str) -> ForeignSae:
 
 def read_folder(folder: Path) -> ForeignSae:
     """Reads the SAE in a folder, by the files that are there."""
+    presence.bring(folder / saelens_reader.WEIGHTS)
     has = {path.name for path in folder.iterdir()}
     if RUN in has and saelens_reader.WEIGHTS in has:
         return _read_own(folder)

@@ -10,4 +10,6 @@
 - `alter`: stores with other norms, for controls.
 - `sae_folder`: saved SAEs.
 - `workspace`: names and places of artifacts.
+- `presence`: data files that are brought when they are first read.
+- `remote`: artifacts and workspaces at URLs.
 """

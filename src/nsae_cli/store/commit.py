@@ -38,10 +38,18 @@ MAX_JSON_BYTES = 64 * 2**20
 #: Called as ``fault_hook(operation, path)`` before every durable operation; tests set it to raise or to exit.
 fault_hook: Callable[[str, Path], None] | None = None
 
+#: Called with what has got, or lost, its final name, once that is durable; `store.remote` uploads it then.
+observer: Callable[[Path], None] | None = None
+
 
 def _operation(name: str, path: Path) -> None:
     if fault_hook is not None:
         fault_hook(name, path)
+
+
+def _committed(path: Path) -> None:
+    if observer is not None:
+        observer(path)
 
 
 def _fsync_file(path: Path) -> None:
@@ -160,6 +168,7 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+    _committed(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -222,6 +231,7 @@ def rename_folder(temporary: Path, final: Path) -> None:
         _operation("rename", final)
         os.rename(temporary, final)
         _fsync_folder(final.parent)
+    _committed(final)
 
 
 def set_aside(path: Path) -> Path:
@@ -231,6 +241,7 @@ def set_aside(path: Path) -> Path:
         _operation("rename", path)
         path.replace(aside)
         _fsync_folder(path.parent)
+    _committed(path)
     return aside
 
 
@@ -239,6 +250,7 @@ def remove_file(path: Path) -> None:
     with disk_errors(path):
         _operation("unlink", path)
         path.unlink(missing_ok=True)
+    _committed(path)
 
 
 def remove_folder(folder: Path) -> None:
@@ -257,6 +269,7 @@ def remove_folder(folder: Path) -> None:
             _operation("remove-tree", temporary)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+    _committed(folder)
 
 
 def append_log(path: Path, line: str) -> None:
@@ -275,6 +288,7 @@ def append_line(path: Path, line: str) -> None:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
+    _committed(path)
 
 
 def leftovers(folder: Path, name: str = "*") -> list[Path]:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from nsae_cli import catalogue
-from nsae_cli.store import commit
+from nsae_cli.store import commit, presence
 from nsae_cli.store.seal import FILES, repair
 
 
@@ -29,6 +29,7 @@ def read_data_file(path: Path, document: Mapping[str, Any], at_most: int | None 
     Raises:
         ArtifactError: missing, no plain file, too large, or not what was written.
     """
+    presence.bring(path)
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from nsae_cli import catalogue
 from nsae_cli.errors import ArtifactError
-from nsae_cli.store import commit
+from nsae_cli.store import commit, presence
 from nsae_cli.store.manifest import ShardEntry
 from nsae_cli.store.seal import is_sealed, seal, seal_fits
 from nsae_cli.store.shards import describe_changes
@@ -156,8 +156,7 @@ def _require_same(progress: Progress, path: Path, config: dict[str, Any]) -> Non
 
 
 def _is_there(folder: Path, entry: ShardEntry) -> bool:
-    path = folder / entry.file
-    return path.is_file() and path.stat().st_size == entry.bytes
+    return presence.is_there(folder / entry.file, entry.bytes)
 
 
 def _is_what_is_there(folder: Path, entry: ShardEntry) -> bool:

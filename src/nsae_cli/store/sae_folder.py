@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from nsae_cli import catalogue
 from nsae_cli.kernels.types import Weights
 from nsae_cli.sae.autoencoder import SparseAutoencoder
-from nsae_cli.store import commit
+from nsae_cli.store import commit, presence
 from nsae_cli.store.data_files import read_data_file
 from nsae_cli.store.seal import repair
 
@@ -144,6 +144,7 @@ def _read_tensors(
     folder: Path, config: dict[str, Any], run: dict[str, Any], *, thresholds: bool
 ) -> dict[str, torch.Tensor]:
     path = folder / WEIGHTS
+    presence.bring(path)
     try:
         tensors = load_file(path, backend="pread")
     except (SafetensorError, OSError) as error:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nsae_cli import catalogue
-from nsae_cli.store import commit
+from nsae_cli.store import commit, presence
 from nsae_cli.store.manifest import ShardEntry, read_manifest
 from nsae_cli.store.verified import VERIFIED, HashAhead, VerifiedTensors
 
@@ -96,6 +96,7 @@ class ActivationStore:
             raise catalogue.SHARD_LINK(
                 f"{path} is a symbolic link; a store's shards must be files of its own, copy it there"
             )
+        presence.bring(path)
         if not path.is_file():
             raise catalogue.SHARD_MISSING(f"{path}: the file is missing; {remedy}")
         size = path.stat().st_size

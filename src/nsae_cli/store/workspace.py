@@ -18,6 +18,7 @@ from nsae_cli import catalogue
 from nsae_cli.launch import ALONE, Placement
 from nsae_cli.reporter import Reporter
 from nsae_cli.store import commit, lock
+from nsae_cli.store.remote.places import is_url
 
 DEFAULT_WORKSPACE = "nsae-runs"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,119}")
@@ -67,9 +68,41 @@ class Workspace:
     break_lock: bool = False
 
     @classmethod
-    def at(cls, option: Path | None, *, break_lock: bool = False) -> Workspace:
-        """The workspace of ``--workspace``, else of ``NSAE_WORKSPACE``, else ``./nsae-runs``."""
-        return cls(option or Path(os.environ.get("NSAE_WORKSPACE") or DEFAULT_WORKSPACE), break_lock)
+    def at(cls, option: Path | str | None, *, break_lock: bool = False) -> Workspace:
+        """The workspace of ``--workspace``, else of ``NSAE_WORKSPACE``, else ``./nsae-runs``; a folder or a URL.
+
+        Raises:
+            UsageError: a URL that nobody can open.
+            ResourceError: the package for a URL is missing.
+        """
+        place = option or os.environ.get("NSAE_WORKSPACE") or DEFAULT_WORKSPACE
+        if is_url(place):
+            from nsae_cli.store.remote.workspace import RemoteWorkspace
+
+            return RemoteWorkspace.at_url(str(place), break_lock=break_lock)
+        return cls(Path(place), break_lock)
+
+    @property
+    def place(self) -> str:
+        """Where it is, for people."""
+        return str(self.root)
+
+    def shown(self, path: Path) -> str:
+        """Where a file or folder of the workspace is, for people."""
+        return str(path)
+
+    def open(self) -> None:
+        """To be called before anything is looked for; a folder needs no opening."""
+
+    def fetch(self, folder: Path) -> None:
+        """Makes sure that an artifact's folder has everything of it, as it is now where it belongs."""
+
+    def forget(self, folder: Path) -> None:
+        """Drops what is only a copy of a damaged artifact; nothing in a folder is."""
+
+    def size(self, folder: Path) -> int:
+        """Bytes of an artifact."""
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
     def writing(
         self,
@@ -142,11 +175,11 @@ class Workspace:
         for artifact in self.complete(kind):
             return artifact
         raise catalogue.WORKSPACE_EMPTY(
-            f"no complete {kind.folder} in {self.root}; run `nsae {kind.command}` first, or name one"
+            f"no complete {kind.folder} in {self.place}; run `nsae {kind.command}` first, or name one"
         )
 
     def find(self, kind: Kind, reference: str) -> list[Artifact]:
-        """What a name in the workspace, else a path, stands for: one artifact, or all cells of an SAE group.
+        """What a URL, a name in the workspace, else a path, stands for: one artifact, or all cells of an SAE group.
 
         Raises:
             UsageError: there is nothing of that name.
@@ -154,6 +187,10 @@ class Workspace:
         """
         if not reference.strip():
             raise catalogue.NAME_INVALID(f"the name of {kind.folder} is empty; give a name or a path, or leave it out")
+        if is_url(reference):
+            from nsae_cli.store.remote.workspace import find_at_url
+
+            return find_at_url(kind, reference)
         for folder in (self.folder(kind, reference), Path(reference)):
             if not os.path.isdir(folder):  # False too for what can be no name of a file, such as one too long
                 continue
@@ -171,7 +208,7 @@ class Workspace:
             )
         known = ", ".join(artifact.name for artifact in self.complete(kind)) or "none"
         raise catalogue.NOT_FOUND(
-            f"no {kind.folder} named {reference[:80]!r} in {self.root} and no such path; there are: {known}"
+            f"no {kind.folder} named {reference[:80]!r} in {self.place} and no such path; there are: {known}"
         )
 
     def find_recorded(self, kind: Kind, name: object) -> list[Artifact]:

@@ -49,6 +49,11 @@ class Checkpoints:
 
     folder: Path
 
+    @classmethod
+    def of(cls, run: Path) -> Checkpoints:
+        """Those of the run that writes into a folder."""
+        return cls(run / "checkpoints")
+
     def begin(self, configs: dict[str, Any]) -> None:
         """Records what the run trains and removes what a killed run left half-written."""
         commit.make_folder(self.folder)

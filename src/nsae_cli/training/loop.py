@@ -48,7 +48,12 @@ class TrainResult:
 
 
 def train(
-    options: TrainOptions, source: TrainingSource, workspace: Workspace, name: str | None, reporter: Reporter
+    options: TrainOptions,
+    source: TrainingSource,
+    workspace: Workspace,
+    name: str | None,
+    reporter: Reporter,
+    cell: str | None = None,
 ) -> TrainResult:
     """Trains every SAE of the grid on one pass of shared batches and saves them.
 
@@ -59,6 +64,7 @@ def train(
         source: where the rows come from; made from the same options.
         workspace: where the SAEs go, as ``saes/NAME`` or ``saes/NAME/CELL``.
         name: NAME, or None for the default.
+        cell: train only this one, as a run of its own beside those of the others.
 
     Raises:
         UsageError: refused or impossible options, or NAME exists with other options.
@@ -67,7 +73,8 @@ def train(
         BusyError: another process is training under this name.
         Interrupted: a signal; a checkpoint was written.
     """
-    plan = make_plan(options, source, workspace, name)
+    grid = make_plan(options, source, workspace, name)
+    plan = grid if cell is None else grid.part(cell)
     artifacts = [plan.artifact(cell) for cell in plan.configs]
     finished = find_finished(plan)
     if finished.keys() == plan.configs.keys():
@@ -78,6 +85,8 @@ def train(
         tracked = options.log_to if placement().rank == 0 else []
         with Trackers(tracked, plan.name, workspace.root, reporter) as trackers:
             runs = _train_unfinished(plan, find_finished(plan), options, trackers, reporter)
+        if plan is not grid and find_finished(grid).keys() == grid.configs.keys():
+            _write_group(grid)  # whichever cell is the last; each would write the same
     return TrainResult(plan.name, artifacts, runs, already_complete=False)
 
 
@@ -207,7 +216,7 @@ class _Run:
         rows = (plan.steps - first_step) * plan.batch_size
         log_timing(plan.folder, "trained", rows=rows, seconds=round(time.monotonic() - started, 3))
         if len(plan.configs) > 1:
-            commit.write_document(plan.folder / GROUP, {"format_version": FORMAT_VERSION, **plan.identity()})
+            _write_group(plan)
         with reporter.task("evaluating", len(cells), "SAEs") as task:
 
             def finish(name: str) -> dict[str, Any]:
@@ -218,6 +227,10 @@ class _Run:
                 return run
 
             return dict(zip(cells, self._pool.map(finish, cells), strict=True))
+
+
+def _write_group(plan: TrainPlan) -> None:
+    commit.write_document(plan.folder / GROUP, {"format_version": FORMAT_VERSION, **plan.identity()})
 
 
 def _count(cells: int, of: int) -> str:

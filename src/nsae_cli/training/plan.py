@@ -67,12 +67,12 @@ class TrainPlan:
     @property
     def checkpoints(self) -> Checkpoints:
         """Where the run's checkpoints are."""
-        return Checkpoints(self.folder / "checkpoints")
+        return Checkpoints.of(self.folder)
 
     def unneeded_files(self) -> list[Path]:
         """What a run that was killed in its very last moment left, once every cell is complete."""
         folders = {self.folder, *map(self.cell_folder, self.configs)}
-        checkpoints = [self.checkpoints.folder] if self.checkpoints.folder.exists() else []
+        checkpoints = [path for folder in sorted(folders) if (path := Checkpoints.of(folder).folder).exists()]
         return [*checkpoints, *(path for folder in sorted(folders) for path in commit.leftovers(folder))]
 
     def cell_folder(self, cell: str) -> Path:
@@ -83,6 +83,18 @@ class TrainPlan:
         """A cell as an artifact."""
         name = self.name if len(self.configs) == 1 else f"{self.name}/{cell}"
         return Artifact(Kind.SAE, name, self.cell_folder(cell))
+
+    def part(self, cell: str) -> TrainPlan:
+        """The plan of one cell, as a run of its own: with its own lock and checkpoints, and the same result.
+
+        Raises:
+            UsageError: no such cell.
+        """
+        if cell not in self.configs:
+            raise catalogue.OPTION_VALUE(f"--cell {cell[:60]}: {self.name} has none; it has {', '.join(self.configs)}")
+        if len(self.configs) == 1:
+            return self
+        return TrainPlan(f"{self.name}/{cell}", self.cell_folder(cell), {cell: self.configs[cell]}, self.source)
 
     def identity(self) -> dict[str, Any]:
         """What determines the result: the inputs and every cell's configuration."""
