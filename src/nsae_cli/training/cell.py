@@ -125,7 +125,8 @@ class Cell:
         self.kernel = make(self._exchange)
         #: For rows that all processes have.
         self.probing = self.kernel if ranks.size == 1 else make(ranks.exchange_of_rows())
-        self._gradients = SharedGradients(weights, ranks.data)
+        self._shared = SharedGradients(weights, ranks.data)
+        self._gradients = self._shared.buffer
         self._zero_rows = torch.zeros((), dtype=torch.int64, device=weights.b_enc.device)
         self.window = FiredWindow(len(weights.b_enc), config.dead_window, device=weights.b_enc.device)
         self._updater = Updater(weights, config.decoder, config.clip, partial(shared_norm, ranks))
@@ -180,7 +181,7 @@ class Cell:
         gradients = self.kernel.backward(
             x,
             self.weights,
-            self._gradients.buffer,
+            self._gradients,
             activation=objective.nonlinearity,
             penalty=objective.penalty,
             error_weight=error_weight,
@@ -201,7 +202,7 @@ class Cell:
                 noise=noise,
                 exchange=self._exchange,
             )
-        sums = self._gradients.sum(gradients, rows)
+        sums = self._shared.sum(gradients, rows)
         self._refuse_non_finite(sums, step)
         lr = learning_rate(step, config.steps, config.lr, config.lr_warm_up, config.lr_decay)
         if control is not None and ramped == 1:

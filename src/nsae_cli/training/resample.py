@@ -109,9 +109,8 @@ class Resampler:
         features = dead.nonzero()[:, 0]
         if not len(features):
             return
-        cat = self.ranks.data.cat
-        distance, error_weight = cat(result.distance), cat(error_weight)
-        chosen = self._draw(len(features), cat(rows.group), cat(rows.zero), distance, error_weight, step).to(x.device)
+        rows, cat = self.ranks.whole_batch(rows), self.ranks.data.cat
+        chosen = self._draw(len(features), rows, cat(result.distance), cat(error_weight), step).to(x.device)
         features = features[: len(chosen)]
         if not len(features):
             return
@@ -121,18 +120,13 @@ class Resampler:
         self._count += len(features)
 
     def _draw(
-        self,
-        most: int,
-        group: torch.Tensor,
-        zero: torch.Tensor,
-        distance: torch.Tensor,
-        error_weight: torch.Tensor,
-        step: int,
+        self, most: int, rows: HookRows, distance: torch.Tensor, error_weight: torch.Tensor, step: int
     ) -> torch.Tensor:
         """At most `most` different rows with an error, int64 on the CPU, in the order in which they are drawn."""
         # Float64 on the CPU: the draw is the same on every device, but for errors that differ by rounding.
         chance = (error_weight.double() * distance.double()).square().cpu()
-        ordinary = ((group != SINKS) & ~zero).cpu()
+        group, zero = rows.group.cpu(), rows.zero.cpu()
+        ordinary = (group != SINKS) & ~zero
         if bool(ordinary.any()):
             chance = torch.where(ordinary, chance, 0.0)
         generator = torch.Generator().manual_seed(stable_seed("resample", self.seed, step))

@@ -7,6 +7,7 @@ the main thread waits in a collective. The first to claim a failure is the one t
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 import time
@@ -83,6 +84,8 @@ class Watch:
             return named if self._claim(named) else None
         except RuntimeError:  # the store has gone, with its process
             return named if self._claimed is None else None
+        finally:
+            self._linger()
 
     def peer_lost(self, what: str) -> ResourceError | None:
         """The error to raise where a collective has failed here; None if another process says it.
@@ -100,6 +103,13 @@ class Watch:
             return catalogue.RANK_LOST(
                 f"{self.name()} has lost the others: {self.name(0)} or the launcher has ended; {_GO_ON}"
             )
+        finally:
+            self._linger()
+
+    def _linger(self) -> None:
+        """The store may be this process's: the others have to hear of the failure first."""
+        if self.rank == 0:
+            time.sleep(4 * _BEAT)
 
     def _is_first(self) -> bool:
         return all(self._store.check([f"left/{rank}"]) for rank in range(self.rank))
@@ -121,10 +131,7 @@ class Watch:
     def _claim(self, text: str) -> bool:
         """Whether this failure is the first to be claimed."""
         mine = f"{self.rank} {text}"
-        claimed = self._store.compare_set("claim", "", mine).decode() == mine
-        if claimed and self.rank == 0:
-            time.sleep(4 * _BEAT)  # the store may be this process's: the others have to hear of it first
-        return claimed
+        return self._store.compare_set("claim", "", mine).decode() == mine
 
     def _wait_for_claim(self) -> None:
         until = time.monotonic() + _SILENCE
@@ -162,16 +169,17 @@ class Watch:
         self._own.set(f"beat/{self.rank}", f"{beats} {self._collectives}")
 
     def _watch(self) -> None:
-        beats, claimed_at = 0, 0.0
+        beats, over_since = 0, math.inf
         while not self._ended.wait(_BEAT):
             beats += 1
-            with contextlib.suppress(RuntimeError, ValueError):
-                if self._claimed is None:
-                    self._show(beats)
-                    if self._own.check(["claim"]):
-                        by, _, text = self._own.get("claim").decode().partition(" ")
-                        claimed_at = time.monotonic()
-                        if int(by) != self.rank:
-                            self._claimed = text
-            if self._claimed is not None and time.monotonic() > claimed_at + _GRACE:
+            try:
+                self._show(beats)
+                if self._claimed is None and self._own.check(["claim"]):
+                    by, _, text = self._own.get("claim").decode().partition(" ")
+                    self._claimed = text if int(by) != self.rank else None
+            except RuntimeError:  # the store has gone, and does not come back
+                over_since = min(over_since, time.monotonic())
+            if self._claimed is not None:
+                over_since = min(over_since, time.monotonic())
+            if time.monotonic() > over_since + _GRACE:
                 os._exit(_EXIT)  # the main thread waits for what will not come
