@@ -15,7 +15,7 @@ import torch.distributed as dist
 from nsae_cli import catalogue
 from nsae_cli.device import DeviceOption
 from nsae_cli.launch import Placement
-from nsae_cli.training.parallel.group import Processes
+from nsae_cli.training.parallel.group import ONE, Group, Processes
 from nsae_cli.training.parallel.mesh import Mesh
 from nsae_cli.training.parallel.ranks import ALONE, Ranks
 from nsae_cli.training.parallel.watch import Watch
@@ -106,8 +106,8 @@ def _ranks(mesh: Mesh, placement: Placement, watch: Watch, wait: timedelta, back
     world = dist.group.WORLD
     assert world is not None
 
-    def of(handle: dist.ProcessGroup, ranks: list[int]) -> Processes:
-        return Processes(handle, ranks, placement.rank, watch.entering)
+    def of(handle: dist.ProcessGroup, ranks: list[int]) -> Group:
+        return ONE if len(ranks) == 1 else Processes(handle, ranks, placement.rank, watch.entering)
 
     return Ranks(
         mesh,
