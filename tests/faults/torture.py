@@ -30,6 +30,7 @@ import cut_points
 import full_disk
 import power_cut
 import races
+import several
 import signals
 import stages as stages_module
 import state_items
@@ -167,6 +168,15 @@ def _races(server: Server, stages: Stages, folder: Path) -> list[Tally]:
     ]
 
 
+def _ranks(server: Server, stages: Stages, folder: Path) -> list[Tally]:
+    """40 deaths, of every kind ten: five of two processes, five of four."""
+    one = stages.get("train")
+    return [
+        several.die(server, one, folder, 2, several.deaths(2, each=5), "data"),
+        several.die(server, one, folder, 4, several.deaths(4, each=5), "2x2"),
+    ]
+
+
 def parts() -> dict[str, Part]:
     """Every part by its name, the long ones first so that two at a time end about together."""
     found: dict[str, Part] = {}
@@ -181,7 +191,7 @@ def parts() -> dict[str, Part]:
     found |= {
         "torn-log": _torn_log, "signals": _signals, "more-signals": _more_signals, "races": _races, "items": _items,
         "small-disks": _small_disks, "file-sizes": _file_sizes, "order": _order, "clock": _clock,
-        "broken-reads": _broken_reads,
+        "broken-reads": _broken_reads, "ranks": _ranks,
     }  # fmt: skip
     return found
 

@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from nsae_cli import catalogue
+from nsae_cli import catalogue, interrupt
 from nsae_cli.device import DeviceOption
 from nsae_cli.launch import Placement
 from nsae_cli.training.parallel.group import ONE, Group, Processes
@@ -145,6 +145,7 @@ def _meet(placement: Placement, wait: timedelta) -> dist.Store:
                 f"rank {missing[0]} of {placement.world} did not come within {wait.total_seconds():g} s "
                 f"(--rank-timeout), {len(missing)} missing in all; look at its own output, or start all with torchrun"
             )
+        interrupt.stop_if_requested("stopped while waiting for the other processes")
         time.sleep(0.05)
     return store
 
