@@ -78,7 +78,10 @@ def choose_kernel(
             f"--precision certified with {mesh}: they step densely, without a certified encoder; leave it out"
         )
     choice = choose("dense", precision, device, distances)
-    shared = "features are spread over processes" if mesh.features > 1 else "gradients are added up over processes"
-    why = "asked for" if kernel == "dense" else f"{shared}, which only dense steps are made for"
+    if mesh.features > 1:
+        shared = "features are spread over processes, and sparse steps need all of them"
+    else:
+        shared = "gradients are added up over processes, and sparse steps do not keep them"
+    why = "asked for" if kernel == "dense" else shared
     reason = choice.reason.removeprefix("asked for; ")
     return dataclasses.replace(choice, reason=f"{why}; {reason}")
