@@ -49,6 +49,11 @@ def together(options: Options) -> Iterator[tuple[Options, Ranks]]:
             raise ended from error
 
 
-def speaks_of(error: BaseException) -> bool:
-    """Whether this process says what went wrong: of wrong usage that all of them see the first does."""
-    return placement().rank == 0 or not isinstance(failures.translated(error), UsageError)
+def speaks_of(error: BaseException, arguments: list[str]) -> bool:
+    """Whether this process says what went wrong: of wrong usage, which all that train see, the first does."""
+    if "train" not in arguments or not isinstance(failures.translated(error), UsageError):
+        return True
+    try:
+        return placement().rank == 0
+    except UsageError:
+        return True

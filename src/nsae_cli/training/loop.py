@@ -32,11 +32,12 @@ from nsae_cli.training.options import TrainOptions
 from nsae_cli.training.parallel.agreement import refuse_differences
 from nsae_cli.training.parallel.limits import choose_kernel, refuse_uneven
 from nsae_cli.training.parallel.ranks import ALONE, Ranks
-from nsae_cli.training.plan import ENVIRONMENT, GROUP, TrainPlan, find_finished, make_plan
+from nsae_cli.training.plan import ENVIRONMENT, GROUP, TRACKERS, TrainPlan, find_finished, make_plan
 from nsae_cli.training.probe import make_probes
 from nsae_cli.training.setup import HeldOutSample, hooks_by_stream, make_cells, make_streams, profile_hooks
 from nsae_cli.training.source import TrainingSource
 from nsae_cli.training.steps import StepLoop
+from nsae_cli.training.trackers import Trackers
 from nsae_cli.training.waves import plan_memory
 
 
@@ -90,7 +91,9 @@ def train(
         return TrainResult(plan.name, artifacts, [finished[cell] for cell in plan.configs], already_complete=True)
     with workspace.writing(plan.folder, reporter) if ranks.leads else contextlib.nullcontext():
         # Looked at again: another command may have trained on just now.
-        runs = _train_unfinished(plan, ranks.of_first(find_finished(plan)), options, reporter, ranks)
+        finished = ranks.of_first(find_finished(plan))
+        with Trackers(options.log_to if ranks.leads else [], plan.name, workspace.root, reporter) as trackers:
+            runs = _train_unfinished(plan, finished, options, trackers, reporter, ranks)
     return TrainResult(plan.name, artifacts, runs, already_complete=False)
 
 
@@ -98,6 +101,7 @@ def _train_unfinished(
     plan: TrainPlan,
     finished: dict[str, dict[str, Any]],
     options: TrainOptions,
+    trackers: Trackers,
     reporter: Reporter,
     ranks: Ranks,
 ) -> list[dict[str, Any]]:
@@ -116,7 +120,7 @@ def _train_unfinished(
             one_thread_if_small(plan.largest_product // ranks.size, device) as side_by_side,
             CellPool(min(side_by_side, len(plan.configs))) as pool,
         ):
-            return _Run(plan, kernel, pool, options, reporter, ranks).complete(finished)
+            return _Run(plan, kernel, pool, options, trackers, reporter, ranks).complete(finished)
     except torch.OutOfMemoryError as error:
         raise catalogue.OUT_OF_MEMORY(
             f"out of memory on {device.type} while training; lower --batch-size or --d-sae or train fewer cells"
@@ -147,6 +151,7 @@ class _Run:
         kernel: what they step with, and on which device.
         pool: how they share the processor.
         options: as given.
+        trackers: what else follows the training.
         reporter: for remarks and progress.
         ranks: the processes that train together.
     """
@@ -157,11 +162,12 @@ class _Run:
         kernel: Choice,
         pool: CellPool,
         options: TrainOptions,
+        trackers: Trackers,
         reporter: Reporter,
         ranks: Ranks,
     ) -> None:
         self._ranks = ranks
-        self._plan, self._kernel, self._pool = plan, kernel, pool
+        self._plan, self._kernel, self._pool, self._trackers = plan, kernel, pool, trackers
         self._options, self._reporter = options, reporter
         self._profiles: dict[str, HookProfile] = {}
 
@@ -191,11 +197,13 @@ class _Run:
     def _begin(self) -> None:
         """Records what the run trains and where; says if what is there was begun elsewhere. Makes the folders."""
         checkpoints, now = self._plan.checkpoints, environment(self._kernel.device, self._ranks.mesh)
+        earlier = checkpoints.configs() or {}
         if checkpoints.steps():
-            changes = changes_of_environment((checkpoints.configs() or {}).get(ENVIRONMENT), now)
+            changes = changes_of_environment(earlier.get(ENVIRONMENT), now)
             if changes is not None:
                 self._reporter.warn(f"resume is not bit-exact: {changes}")
-        checkpoints.begin({**self._plan.identity(), ENVIRONMENT: now})
+        tracked = self._trackers.begin(list(self._plan.configs), earlier.get(TRACKERS))
+        checkpoints.begin({**self._plan.identity(), ENVIRONMENT: now, **({TRACKERS: tracked} if tracked else {})})
         for folder in (self._plan.folder, *(self._plan.cell_folder(cell) for cell in self._plan.configs)):
             commit.make_folder(folder)
             commit.remove_leftovers(folder)
@@ -226,8 +234,12 @@ class _Run:
         cells = make_cells(plan, wave, self._profiles, self._kernel, self._ranks)
         every, device = self._options.checkpoint_every, self._kernel.device
         probes = make_probes(plan, cells, self._profiles, device)
-        held_out = HeldOutSample(plan, self._profiles, device, self._ranks)
-        loop = StepLoop(plan, cells, streams, probes, device, self._pool, every, reporter, held_out, self._ranks)
+        held_out, trackers, ranks = (
+            HeldOutSample(plan, self._profiles, device, self._ranks),
+            self._trackers,
+            self._ranks,
+        )
+        loop = StepLoop(plan, cells, streams, probes, device, self._pool, every, reporter, held_out, trackers, ranks)
         started = time.monotonic()
         first_step = loop.restore(checkpoint)
         loop.run(first_step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,19 @@ class MetricsLog:
     Args:
         path: the file.
         content: what the file held at the checkpoint that the run goes on from; empty to begin anew.
+        also: takes every record that is appended too.
         writes: whether this process does; of several it is the first.
     """
 
-    def __init__(self, path: Path, content: bytes, *, writes: bool = True) -> None:
-        self._path, self._writes = path, writes
+    def __init__(
+        self,
+        path: Path,
+        content: bytes,
+        also: Callable[[dict[str, Any]], None] | None = None,
+        *,
+        writes: bool = True,
+    ) -> None:
+        self._path, self._also, self._writes = path, also, writes
         if writes:
             with disk_errors(path):
                 path.write_bytes(content)
@@ -88,6 +97,8 @@ class MetricsLog:
         """Adds a line."""
         if self._writes:
             append_log(self._path, to_json(record, indent=None))
+        if self._also is not None:
+            self._also(record)
 
     def content(self) -> bytes:
         """All lines so far, for a checkpoint."""

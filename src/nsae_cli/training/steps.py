@@ -25,6 +25,7 @@ from nsae_cli.training.records import MetricsLog, step_record
 from nsae_cli.training.schedule import is_logged
 from nsae_cli.training.setup import HeldOutSample, initialise_cells, stream_key
 from nsae_cli.training.source import StreamKey, TrainingStream
+from nsae_cli.training.trackers import Trackers
 
 
 class StepLoop:
@@ -41,10 +42,11 @@ class StepLoop:
         checkpoint_every: str | int,
         reporter: Reporter,
         held_out: HeldOutSample,
+        trackers: Trackers,
         ranks: Ranks = ALONE,
     ) -> None:
         self._ranks = ranks
-        self._held_out = held_out
+        self._held_out, self._trackers = held_out, trackers
         self._plan, self._cells, self._streams, self._probes = plan, cells, streams, probes
         self._device, self._pool, self._reporter = device, pool, reporter
         self._clock = _CheckpointClock(checkpoint_every)
@@ -63,8 +65,11 @@ class StepLoop:
             initialise_cells(self._cells, self._streams)
         for name, cell in self._cells.items():
             content = b"" if checkpoint is None else self._load(checkpoint, name, cell)
-            path = self._plan.cell_folder(name) / "metrics.jsonl"
-            self._logs[name] = MetricsLog(path, content, writes=self._ranks.leads)
+            step = 0 if checkpoint is None else checkpoint.step
+            artifact, config = self._plan.artifact(name), cell.config.model_dump()
+            tracked = self._trackers.follow(name, artifact.name, config, step, content)
+            path = artifact.path / "metrics.jsonl"
+            self._logs[name] = MetricsLog(path, content, tracked, writes=self._ranks.leads)
         self._note_stream_states()
         if checkpoint is None:
             return 0
@@ -118,6 +123,8 @@ class StepLoop:
                 self._step(taken, compared, step, task)
                 task.advance(plan.batch_size)
             self._save(plan.steps)
+        for name in self._cells:
+            self._trackers.leave(name)
 
     def _is_due(self, step: int, first_step: int) -> bool:
         """Whether the first process, whose clock counts, is to save a checkpoint before `step`."""
