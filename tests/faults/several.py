@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from forked import Ended, Server, Trial
-from stages import STEPS, Prepared
+from stages import CHECKPOINT_EVERY, STEPS, Prepared
 from tally import Tally
 
 from nsae_cli.training.checkpoint import Checkpoints
@@ -127,8 +127,10 @@ def die(
         if last - died > LONGEST + (TIMEOUT if how == "hang" else 0):
             problems.append(f"the others ended {last - died:.0f} s later")
         checkpoints = Checkpoints(workspace / "saes" / "one" / "checkpoints")
-        every = 6
-        if checkpoints.damaged() or checkpoints.steps()[-1:] != [(step - 1) // every * every][: step > every]:
+        # The newest is written beside training: its writer may have died before it was whole.
+        newest = step - step % CHECKPOINT_EVERY
+        kept = checkpoints.steps()[-1] if checkpoints.steps() else 0
+        if checkpoints.damaged() or kept not in (newest, newest - CHECKPOINT_EVERY):
             problems.append(f"checkpoints {checkpoints.steps()}, damaged {checkpoints.damaged()}")
         again = run(server, workspace, arguments, world)
         problems += [] if set(again.codes) == {0} else [f"then: {again.describe()}"]

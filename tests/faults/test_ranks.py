@@ -124,9 +124,7 @@ def test_whoever_does_not_come_is_named(server: Server, trained: Prepared, folde
     assert lost.last_line.startswith(f"nsae: rank 1 of 2 does not reach 127.0.0.1:{port}")
 
 
-def _alone(
-    trained: Prepared, workspace: Path, arguments: tuple[str, ...], environment: dict[str, str]
-) -> several.Trial:
+def _alone(workspace: Path, arguments: tuple[str, ...], environment: dict[str, str]) -> several.Trial:
     return several.Trial(workspace, arguments, {"count_operations": False, "environment": environment})
 
 

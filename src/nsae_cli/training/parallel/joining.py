@@ -72,7 +72,10 @@ def joined(mesh: Mesh, placement: Placement, device: DeviceOption, timeout: floa
     if device.startswith("cuda"):
         torch.cuda.set_device(torch.device(device))
     try:
-        watch = Watch(lambda: dist.PrefixStore("watch", _connect(wait)), placement.rank, placement.world)
+        first_holds = os.environ.get(_LAUNCHER_HOLDS) != "True"
+        watch = Watch(
+            lambda: dist.PrefixStore("watch", _connect(wait)), placement.rank, placement.world, first_holds=first_holds
+        )
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") and dist.is_nccl_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=placement.rank, world_size=placement.world, timeout=wait)
         ranks = _ranks(mesh, placement, watch, wait, backend)
@@ -115,9 +118,12 @@ def _ranks(mesh: Mesh, placement: Placement, watch: Watch, wait: timedelta, back
         data=of(column_groups[column], columns[column]),
         features=of(row_groups[row], rows[row]),
         part=lambda: _part(watch),
+        passes=watch.entering,
     )
 
 
+#: Set by torchrun, whose own process holds the store.
+_LAUNCHER_HOLDS = "TORCHELASTIC_USE_AGENT_STORE"
 _REMEDY = "check MASTER_ADDR and MASTER_PORT, or start with torchrun, which sets them"
 
 
@@ -129,7 +135,7 @@ def _meet(placement: Placement, wait: timedelta) -> dist.Store:
             f"{_who(placement)} does not know where to meet the others: MASTER_ADDR or MASTER_PORT is not set; start "
             f"with torchrun, or export both"
         )
-    hosts = placement.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    hosts = placement.rank == 0 and os.environ.get(_LAUNCHER_HOLDS) != "True"
     try:
         store = dist.PrefixStore("group", _connect(wait, hosts=hosts))
         store.set(f"here/{placement.rank}", "")

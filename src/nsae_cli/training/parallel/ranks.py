@@ -30,6 +30,7 @@ class Ranks:
         data: those that have the same features, in the order of their rows.
         features: those that have the same rows, in the order of their features.
         part: leaves the others.
+        passes: takes note of an operation that only some of them take part in: who is behind is told by their number.
     """
 
     mesh: Mesh = ONE_PROCESS
@@ -37,6 +38,7 @@ class Ranks:
     data: Group = ONE
     features: Group = ONE
     part: Callable[[], None] = lambda: None
+    passes: Callable[[], None] = lambda: None
 
     @property
     def size(self) -> int:
@@ -125,16 +127,15 @@ class Ranks:
             state: of this process's features.
             copy: in memory of its own.
         """
-        if self.data.rank or (self.features.size == 1 and not self.leads):
-            return {}
         whole = {}
         for name, tensor in state.items():
-            if self.features.size > 1 and _is_by_feature(name):
-                gathered = self.features.gather(tensor.to("cpu"))
-            else:
-                gathered = tensor.to("cpu", copy=copy)
-            if self.leads and gathered is not None:
+            is_cut = self.features.size > 1 and _is_by_feature(name)
+            if is_cut and self.data.rank:
+                self.passes()
+            elif is_cut and (gathered := self.features.gather(tensor.to("cpu"))) is not None:
                 whole[name] = gathered
+            elif not is_cut and self.leads:
+                whole[name] = tensor.to("cpu", copy=copy)
         return whole
 
     def own_state(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -38,10 +38,11 @@ class Watch:
         connect: makes a connection to the store; one for the thread, one for the main thread.
         rank: of this process.
         world: how many there are.
+        first_holds: whether the store is the first process's, and ends with it; else it is the launcher's.
     """
 
-    def __init__(self, connect: Callable[[], dist.Store], rank: int, world: int) -> None:
-        self.rank, self.world = rank, world
+    def __init__(self, connect: Callable[[], dist.Store], rank: int, world: int, *, first_holds: bool) -> None:
+        self.rank, self.world, self._first_holds = rank, world, first_holds
         self._store, self._own = connect(), connect()
         self._collectives = 0
         self._claimed: str | None = None  # by another process
@@ -98,11 +99,11 @@ class Watch:
             error = None if self._claimed is not None else self._lost(what)
             return error if error is not None and self._claim(str(error)) else None
         except RuntimeError:
-            if self._claimed is not None:
+            # Nothing can be claimed any more: the first of those that should be left says it.
+            if self._claimed is not None or self.rank != int(self._first_holds):
                 return None
-            return catalogue.RANK_LOST(
-                f"{self.name()} has lost the others: {self.name(0)} or the launcher has ended; {_GO_ON}"
-            )
+            who = self.name(0) if self._first_holds else "the launcher"
+            return catalogue.RANK_LOST(f"{who} has ended (killed, crashed or out of memory); {_GO_ON}")
         finally:
             self._linger()
 
