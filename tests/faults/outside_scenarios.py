@@ -244,3 +244,40 @@ def _(place: Place) -> list[Any]:
     holder = {"host": "another-machine", "pid": 1, "started": "2026-01-01 00:00:00"}
     (folder / ".new.lock").write_text(json.dumps(holder))
     return COLLECT
+
+
+def _push(place: Place, **answers: Any) -> list[Any]:
+    """A push to a hub of which these methods answer, or raise, as told."""
+    place.workspace = place.finished
+    place.patch.setenv("HF_TOKEN", "hf_token")
+    for method, answer in answers.items():
+        if isinstance(answer, BaseException):
+            place.raises(f"huggingface_hub.HfApi.{method}", answer)
+        else:
+            place.patch.setattr(f"huggingface_hub.HfApi.{method}", lambda *_, answer=answer, **__: answer)
+    return ["push", place.cell_name, "org/saes", "--yes"]
+
+
+def _hub_error(kind: str, status: int) -> BaseException:
+    from huggingface_hub import errors
+
+    error: BaseException = getattr(errors, kind).__new__(getattr(errors, kind))
+    error.response = namedtuple("response", "status_code")(status)  # type: ignore[attr-defined]
+    return error
+
+
+@scenario("HUB_LOGIN")
+def _(place: Place) -> list[Any]:
+    return _push(place, whoami=_hub_error("HfHubHTTPError", 401))
+
+
+@scenario("HUB_REFUSED")
+def _(place: Place) -> list[Any]:
+    gone = _hub_error("RepositoryNotFoundError", 404)
+    return _push(place, whoami={}, model_info=gone, create_repo=_hub_error("HfHubHTTPError", 403))
+
+
+@scenario("UPLOAD_FAILED")
+def _(place: Place) -> list[Any]:
+    gone = _hub_error("RepositoryNotFoundError", 404)
+    return _push(place, whoami={}, model_info=gone, create_repo=system_error(errno.ECONNRESET))

@@ -13,13 +13,17 @@ from nsae_cli.analysis.audit import Audit
 from nsae_cli.analysis.audit_options import AuditOptions
 from nsae_cli.analysis.audit_setting import Setting, find_setting
 from nsae_cli.analysis.documents import read_document
+from nsae_cli.analysis.saes import on_hub
 from nsae_cli.interop.foreign import ForeignSae
+from nsae_cli.interop.hub import HubReference
 from nsae_cli.interop.opening import open_sae, read_folder
 from nsae_cli.lm.quiet import quiet_libraries
 from nsae_cli.reporter import Reporter
 from nsae_cli.store import commit
 from nsae_cli.store.shards import ActivationStore, describe_changes, open_activations
 from nsae_cli.store.workspace import Artifact, Kind, Workspace, check_name
+
+_NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._\-]+")
 
 
 @dataclass
@@ -53,7 +57,7 @@ def run_audit(
         compared = None if options.reference is None else _find(options.reference, workspace, reporter)
         store = _open_store(options, workspace)
         setting = find_setting(found, options, store)
-        artifact_name = name or check_name(re.sub(r"[^A-Za-z0-9._\-]+", "-", sae_name).strip("-._")[:120] or "sae")
+        artifact_name = name or check_name(_NOT_IN_A_NAME.sub("-", sae_name).strip("-._")[:120] or "sae")
         artifact = Artifact(Kind.AUDIT, artifact_name, workspace.folder(Kind.AUDIT, artifact_name))
         wanted = {
             "sae": _identity(sae_name, found),
@@ -83,9 +87,19 @@ def run_audits(
     """
     every = [sae for reference in references for sae in _cells(reference, workspace)]
     several = name is not None and len(every) > 1
-    return [
-        run_audit(sae, options, workspace, f"{name}-{Path(sae).name}" if several else name, reporter) for sae in every
-    ]
+    names = [f"{name}-{_short(sae, workspace)}" if several else name for sae in every]
+    twice = next((one for one in names if one is not None and names.count(one) > 1), None)
+    if twice is not None:
+        raise catalogue.SAME_OUTPUT(
+            f"two SAEs would have the audit {twice}; audit each of them with a --name of its own"
+        )
+    return [run_audit(sae, options, workspace, own, reporter) for sae, own in zip(every, names, strict=True)]
+
+
+def _short(reference: str, workspace: Workspace) -> str:
+    """The last part of a name, a path or a hub id, as it can stand in a name."""
+    place = on_hub(reference, workspace)
+    return _NOT_IN_A_NAME.sub("-", Path(reference).name if place is None else place.name)
 
 
 def _cells(reference: str, workspace: Workspace) -> list[str]:
@@ -103,9 +117,11 @@ def _find(reference: str | None, workspace: Workspace, reporter: Reporter) -> tu
     own = workspace.folder(Kind.SAE, reference)
     if own.is_dir():
         return _name_of(own, workspace), read_folder(own)
+    if not Path(reference).exists() and HubReference.parse(reference) != on_hub(reference, workspace):
+        workspace.find(Kind.SAE, reference)  # a typo in a cell's name: says what there is
     found = open_sae(reference)
     local = Path(reference)
-    return (_name_of(local, workspace) if local.is_dir() else reference), found
+    return _name_of(local, workspace) if local.is_dir() else str(HubReference.parse(reference)), found
 
 
 def _name_of(folder: Path, workspace: Workspace) -> str:

@@ -84,7 +84,7 @@ def run_eval(
         NumericalError: an SAE or the model gives values that are not finite.
         Interrupted: a signal asked to stop.
     """
-    saes = choose_saes(references, workspace, reporter)
+    saes = choose_saes(references, workspace, reporter, from_hub=True)
     names = result_names(saes, name)
     if twice := sorted({one for one in names if names.count(one) > 1}):
         raise catalogue.SAME_OUTPUT(

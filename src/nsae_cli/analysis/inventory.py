@@ -19,6 +19,9 @@ def take_inventory(workspace: Workspace) -> list[dict[str, Any]]:
             status, shown = ("complete", detail) if detail is not None else ("damaged", f"{kind.mark} cannot be read")
             rows.append(_row(kind, artifact.name, status, artifact.path, shown))
         for folder in workspace.unfinished(kind):
+            if kind is Kind.SAE and (foreign := _foreign(folder)) is not None:
+                rows.append(_row(kind, folder.name, "complete", folder, foreign))
+                continue
             # Stores come from collect or alter.
             command = "command" if kind is Kind.ACTIVATIONS else f"nsae {kind.command}"
             rows.append(_row(kind, folder.name, "unfinished", folder, f"run the same {command} again"))
@@ -28,6 +31,15 @@ def take_inventory(workspace: Workspace) -> list[dict[str, Any]]:
 def _row(kind: Kind, name: str, status: str, folder: Path, detail: str) -> dict[str, Any]:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return {"kind": kind.folder, "name": name, "status": status, "size": size, "detail": detail}
+
+
+def _foreign(folder: Path) -> str | None:
+    """What is said of another package's SAE, as `nsae pull` gets them; None where the folder holds none."""
+    from nsae_cli.interop.opening import is_foreign  # with torch, for which `nsae list` must not wait
+
+    if any(is_foreign(place) for place in (folder, *folder.glob("*/"))):
+        return "of another package: nsae audit measures it"
+    return None
 
 
 def _detail(artifact: Artifact) -> str | None:

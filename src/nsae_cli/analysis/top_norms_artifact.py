@@ -85,7 +85,7 @@ def run_top_norms(
         NumericalError: a norm of the store is not finite.
         Interrupted: a signal asked to stop; the analyses finished so far are kept.
     """
-    saes = choose_saes(references, workspace, reporter)
+    saes = choose_saes(references, workspace, reporter, from_hub=True)
     results = [
         _analyse(sae, activations, options, workspace, check_name(own_name), reporter)
         for sae, own_name in zip(saes, result_names(saes, name), strict=True)

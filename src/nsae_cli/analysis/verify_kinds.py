@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from nsae_cli.errors import NsaeError
+from nsae_cli.interop.opening import is_foreign
 from nsae_cli.store.data_files import read_arrays, read_data_file
 from nsae_cli.store.findings import Check, check_files, check_json, check_strangers, short
 from nsae_cli.store.sae_folder import DATA_FILES, LOG, load_sae
@@ -56,6 +57,9 @@ def check_result(kind: Kind, folder: Path, check: Check) -> None:
 
 def check_group(folder: Path, check: Check, cells: int) -> None:
     """Re-checks what a training run keeps for all its SAEs: group.json and the checkpoints."""
+    if any(is_foreign(place) for place in (folder, *folder.glob("*/"))):
+        check.note("", "another package's SAE, which has no hashes to compare with")
+        return
     group, begun, checkpoints = folder / GROUP, folder / CHECKPOINTS / BEGUN, Checkpoints(folder / CHECKPOINTS)
     named = check_json(check, group) if group.exists() else None
     for cell in (named or {}).get("cells") or ():

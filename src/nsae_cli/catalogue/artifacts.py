@@ -178,8 +178,9 @@ HOOK_UNSUPPORTED = Entry(
 NOT_TRAINED_HERE = Entry(
     "not-trained-here",
     ArtifactError,
-    "`compare` needs the options that an SAE was trained with, and this one does not record them.",
-    "Compare SAEs that `nsae train` made; `nsae audit --reference` compares any two.",
+    "The command needs what `nsae train` records of an SAE, its options or held-out rows, and this one was made by "
+    "another package.",
+    "Take SAEs that `nsae train` made; `nsae audit` measures any, and `nsae audit --reference` compares any two.",
 )
 
 # SAEs of other packages ----------------------------------------------------------------------------------------------

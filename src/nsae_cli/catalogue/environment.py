@@ -129,6 +129,27 @@ DOWNLOAD_FAILED = Entry(
     "The hub answered at first, and then a file could not be downloaded or opened.",
     "Run the same command again; what was downloaded is kept.",
 )
+HUB_LOGIN = Entry(
+    "hub-login",
+    ResourceError,
+    "The Hugging Face hub needs a token and this machine has none, or the hub does not know the one that it has. nsae "
+    "never prints or logs a token.",
+    "Run `hf auth login`, or set `HF_TOKEN`, which takes precedence.",
+)
+HUB_REFUSED = Entry(
+    "hub-refused",
+    ResourceError,
+    "The hub knows the token and refuses what was asked for: the token may only read, is of another organisation, or a "
+    "quota is used up.",
+    "Make a token that may write to the repository, or push to another one.",
+)
+UPLOAD_FAILED = Entry(
+    "upload-failed",
+    ResourceError,
+    "The connection to the hub broke during an upload, or the hub did not take a file. The repository is as it was "
+    "before: everything becomes visible in one commit, at the end.",
+    "Run the same command again; large files that the hub has already are not sent again.",
+)
 MODEL_FOLDER_MISSING = Entry(
     "model-folder-missing",
     ResourceError,

@@ -21,10 +21,13 @@ from nsae_cli.cli import (
     completion,
     doctor,
     eval_,
+    export,
     failures,
     list_,
     norms,
     plot,
+    pull,
+    push,
     report,
     run,
     train,
@@ -68,6 +71,9 @@ app.command("compare")(compare.command)
 app.command("run")(run.command)
 app.command("plot")(plot.command)
 app.command("report")(report.command)
+app.command("push")(push.command)
+app.command("pull")(pull.command)
+app.command("export")(export.command)
 app.command("bench")(bench.command)
 app.command("list")(list_.command)
 app.command("doctor")(doctor.command)

@@ -5,6 +5,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "collect": (
         ("from a model that ships with nsae, offline", "nsae collect --model mini"),
         ("two layers of GPT-2 from your own text", "nsae collect --corpus texts/ --layers 3,6 --tokens 10M"),
+        ("what that would take", "nsae collect --corpus texts/ --layers 3,6 --tokens 10M --dry-run"),
     ),
     "norms": (("of the newest store", "nsae norms"),),
     "alter": (("a control in which norms go with other directions", "nsae alter --permute-norms --name shuffled"),),
@@ -15,6 +16,18 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "nsae train --l2-norm none,norm,sq --target-l0 8,16 --seed 0,1,2",
         ),
         ("without a store", "nsae train --from-model gpt2 --tokens 100M --log-to tensorboard"),
+    ),
+    "pull": (
+        ("one that was pushed, to work with here", "nsae pull org/repo:L6-relu"),
+        ("as it was at a tag, under another name", "nsae pull org/repo:L6-relu --revision v1 --name theirs"),
+    ),
+    "push": (
+        ("what would go where, without a network", "nsae push grid org/repo --dry-run"),
+        ("a group, each SAE in a folder; it asks first", "nsae push grid org/repo --license mit"),
+    ),
+    "export": (
+        ("for sparsify", "nsae export grid/L6-relu --to sparsify"),
+        ("for SAELens, into a folder of yours", "nsae export grid --to saelens --out ./for-saelens"),
     ),
     "analyze-top-norms": (("of all SAEs of a group", "nsae analyze-top-norms grid --top 1%"),),
     "eval": (("on held-out text, per norm bin too", "nsae eval grid --bins"),),

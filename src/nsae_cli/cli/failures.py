@@ -11,6 +11,7 @@ from pathlib import Path
 import typer
 
 from nsae_cli import catalogue, errors
+from nsae_cli.doctor.redaction import without_tokens
 
 EXIT_DONE, EXIT_BUG, EXIT_USAGE, EXIT_ARTIFACT, EXIT_RESOURCE, EXIT_NUMERICAL, EXIT_BUSY = range(7)
 
@@ -92,7 +93,10 @@ def _of_the_command_line(error: BaseException) -> errors.UsageError:
         name = command.removeprefix("nsae ")
         return catalogue.COMMAND_LINE(f"{option} stands before the command: nsae {option} ... {name}")
     if message.startswith("No such command") and context is not None:
-        message = f"{message.removesuffix('?')}; known are {', '.join(context.command.commands)}"
+        if "Did you mean" not in message:
+            known = ", ".join(context.command.commands)
+            return catalogue.COMMAND_LINE(f"{message[:1].lower()}{message[1:]}; known are {known}")
+        message = message.removesuffix("?")
     complaint = message[:1].lower() + message[1:]
     return catalogue.COMMAND_LINE(f"{complaint}; see `{command} --help`")
 
@@ -121,7 +125,7 @@ def report(error: BaseException, debug: bool, log: Path | None = None) -> int:
     code, message = describe(error, log)
     with contextlib.suppress(OSError, ValueError):  # a stderr that has gone changes no exit code
         if debug and message is not None:
-            traceback.print_exception(error, file=sys.stderr)
+            print(_traceback(error), end="", file=sys.stderr)
             if (entry := getattr(translated(error), "entry", None)) is not None:
                 print(f"docs/errors.md: {entry.name}", file=sys.stderr)
         if message is not None:
@@ -131,6 +135,11 @@ def report(error: BaseException, debug: bool, log: Path | None = None) -> int:
                 message = f"{problems[0]} (and {len(problems) - 1} more, listed above)"
             print(f"nsae: {_one_line(message)}", file=sys.stderr, flush=True)
     return code
+
+
+def _traceback(error: BaseException) -> str:
+    """The traceback; a server may have quoted the token that it was sent."""
+    return without_tokens("".join(traceback.format_exception(error)))
 
 
 def _one_line(text: str) -> str:
@@ -144,7 +153,7 @@ def save_traceback(error: BaseException, workspace: Path) -> Path | None:
     log = workspace / "error.log"
     try:
         workspace.mkdir(parents=True, exist_ok=True)
-        log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        log.write_text(_traceback(error), encoding="utf-8")
     except OSError:
         return None  # The line on stderr says what happened; a log that cannot be written must not hide it.
     return log

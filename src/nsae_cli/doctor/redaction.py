@@ -31,6 +31,11 @@ def shown_value(variable: str, value: str) -> str:
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 
+def without_tokens(text: str) -> str:
+    """The text without what looks like a token, or like a login in a URL."""
+    return _URL_LOGIN.sub("…@", _TOKEN_TEXT.sub(r"\1_…", text))
+
+
 class Redactor:
     """Shortens the home folder and the user's name to ``~`` and hides what looks like a token.
 
@@ -64,7 +69,7 @@ class Redactor:
 
     def text(self, text: str) -> str:
         """The text without them."""
-        text = _URL_LOGIN.sub("…@", _TOKEN_TEXT.sub(r"\1_…", text))
+        text = without_tokens(text)
         for home in self._homes:
             text = re.sub(rf"{re.escape(home)}(?![A-Za-z0-9_-])", "~", text)
         return text if self._user is None else self._user.sub("~", text)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nsae_cli import catalogue
+from nsae_cli.analysis.saes import on_hub
 from nsae_cli.assets import EMBEDDED_MODELS
 from nsae_cli.errors import ArtifactError, UsageError
 from nsae_cli.experiment.stages import COMMANDS, CommandSpec, Stage
@@ -244,9 +245,11 @@ class _Reader:
         """As `_reference`, or another library's: a path, from the file's folder, or a hub id ``org/repo[:folder]``."""
         path = Path(self._from_the_file(reference))
         named = reference.partition("/")[0] in self._named.get(kind, set())
-        if named or self.workspace.folder(kind, reference).is_dir() or not (path.is_dir() or "/" in reference):
-            return self._reference(reference, kind, key, line)
-        return str(path) if path.is_dir() else reference
+        if not named and path.is_dir() and not self.workspace.folder(kind, reference).is_dir():
+            return str(path)
+        if not named and on_hub(reference, self.workspace) is not None:
+            return reference
+        return self._reference(reference, kind, key, line)
 
     def _from_the_file(self, value: str) -> str:
         """A relative path that is meant from the file's folder, wherever the command is run; else the value itself."""

@@ -158,7 +158,14 @@ COMMANDS: dict[str, CommandSpec] = {
         TrainCommandOptions, Kind.SAE, "activations", Kind.ACTIVATIONS, _train, instead_of_input="from_model"
     ),
     "analyze-top-norms": CommandSpec(
-        TopNormsOptions, Kind.TOP_NORMS, "saes", Kind.SAE, _analyze, several_inputs=True, store_key="activations"
+        TopNormsOptions,
+        Kind.TOP_NORMS,
+        "saes",
+        Kind.SAE,
+        _analyze,
+        several_inputs=True,
+        store_key="activations",
+        from_elsewhere=True,
     ),
     "audit": CommandSpec(
         AuditOptions,
@@ -170,6 +177,15 @@ COMMANDS: dict[str, CommandSpec] = {
         store_key="activations",
         from_elsewhere=True,
     ),
-    "eval": CommandSpec(EvalOptions, Kind.EVAL, "saes", Kind.SAE, _eval, several_inputs=True, store_key="activations"),
+    "eval": CommandSpec(
+        EvalOptions,
+        Kind.EVAL,
+        "saes",
+        Kind.SAE,
+        _eval,
+        several_inputs=True,
+        store_key="activations",
+        from_elsewhere=True,
+    ),
     "compare": CommandSpec(CompareOptions, Kind.TABLE, "saes", Kind.SAE, _compare, several_inputs=True),
 }

@@ -12,16 +12,25 @@ from nsae_cli.interop.foreign import ForeignSae, hub_model, text, truth, whole_n
 from nsae_cli.interop.hub import WEIGHT_FILES, HubReference, download
 from nsae_cli.interop.tensors import refuse_non_finite
 from nsae_cli.store.commit import read_json
-from nsae_cli.store.sae_folder import RUN, load_sae
+from nsae_cli.store.sae_folder import LOG, RUN, load_sae
 
 _LISTED = 8
+#: What is in an SAE's folder, or above it, where `nsae train` made it, is making it, or had made it.
+_OF_TRAINING = (RUN, LOG, "checkpoints", "../checkpoints")
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether a folder holds an SAE that `nsae train` did not make, nor is making."""
+    if not folder.is_dir() or any((folder / name).exists() for name in _OF_TRAINING):
+        return False
+    return any((folder / name).is_file() for name in WEIGHT_FILES)
 
 
 def open_sae(reference: str) -> ForeignSae:
     """Opens an SAE of nsae, SAELens, sparsify, dictionary_learning or OpenAI.
 
     Args:
-        reference: a folder, or a hub id ``org/repo`` or ``org/repo:folder``.
+        reference: a folder, or a hub id: ``org/repo``, ``org/repo:folder`` or ``hf://org/repo/folder``.
 
     Raises:
         UsageError: there is nothing of that name, or several SAEs.

@@ -10,12 +10,21 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from nsae_cli import catalogue
+from nsae_cli.errors import ResourceError
 
 _TIMEOUT_SECONDS = 10
+_TOKEN = re.compile(r"[!-~]+")
+LOG_IN = "run `hf auth login`"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 
 
@@ -52,9 +61,11 @@ def ask_hub(
         option: how messages call what was asked for; None for the option that names such a repository.
 
     Raises:
-        ResourceError: the hub answered that there is no such repository or revision, or that access is restricted.
+        ResourceError: the hub answered that there is no such repository or revision, that access is restricted, or
+            that it does not know the token.
     """
     option = option or ("--model" if kind == "model" else "--corpus")
+    known_token()
     try:
         api = HfApi()
         ask = api.model_info if kind == "model" else api.dataset_info
@@ -69,6 +80,10 @@ def ask_hub(
         raise catalogue.HUB_NOT_FOUND(
             f"{option} {name}: the hub has no such {kind}, or it is private; {remedy}"
         ) from error
+    except HfHubHTTPError as error:
+        if error.response.status_code == 401:
+            raise refused_token(f"{option} {name}") from error
+        return HubRepository(reachable=False)
     except (HTTPError, OSError):  # no connection, no answer in time, a server error, HF_HUB_OFFLINE
         return HubRepository(reachable=False)
     return HubRepository(
@@ -76,3 +91,20 @@ def ask_hub(
         commit=found.sha,
         files=tuple(sibling.rfilename for sibling in found.siblings or ()),
     )
+
+
+def known_token() -> str | None:
+    """The token of the hub that this machine has; None for none. It goes nowhere but into requests to the hub.
+
+    Raises:
+        ResourceError: it holds characters that no token has. The client would quote it in what it says of that.
+    """
+    token = get_token()
+    if token is not None and not _TOKEN.fullmatch(token):
+        raise catalogue.HUB_LOGIN(f"the token of the Hugging Face hub on this machine is not a token; {LOG_IN}")
+    return token
+
+
+def refused_token(what: str) -> ResourceError:
+    """What to raise where the hub answers that it does not know the token."""
+    return catalogue.HUB_LOGIN(f"{what}: the Hugging Face hub does not know the token of this machine; {LOG_IN}")
