@@ -6,6 +6,7 @@ NsaeError
 ├── ResourceError     model, hub, disk, permission, memory or device not available
 ├── NumericalError    non-finite values, overflow of a storage dtype
 └── BusyError         another process is writing to the folder
+RankEnded             one of several processes ends, with the line that this process has to say, if any
 Interrupted           a signal asked the run to end; what was trained is saved
 
 A message says what is wrong and with which value, what was expected, and what to type next, in one sentence or two
@@ -58,6 +59,19 @@ class NumericalError(NsaeError):
 
 class BusyError(NsaeError):
     """Another process is writing to the folder."""
+
+
+class RankEnded(NsaeError):  # noqa: N818 - what has failed is its cause
+    """How one of several processes ends once one of them has failed.
+
+    Args:
+        code: exit code.
+        message: its line; None where another process says it.
+    """
+
+    def __init__(self, code: int, message: str | None) -> None:
+        super().__init__(message or "another process has failed")
+        self.code, self.said = code, message
 
 
 class Interrupted(NsaeError):  # noqa: N818 - ending on request is no error

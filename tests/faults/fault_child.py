@@ -251,6 +251,23 @@ def signal_in_phase(wanted: dict[str, Any], log: Log) -> None:
         wrap(module, name, before)
 
 
+def end_at_step(wanted: dict[str, Any], log: Log) -> None:
+    """At a step the process is killed, crashes, fails, waits for ever or is stopped by a signal."""
+
+    def before(arguments: tuple[Any, ...]) -> None:
+        if arguments[2] != wanted["step"]:
+            return
+        log.write("fault", wanted["step"], wanted["how"])
+        if wanted["how"] == "exception":
+            raise RuntimeError("a fault that is tried")
+        if wanted["how"] == "hang":
+            time.sleep(600)
+        fatal = {"kill": signal.SIGKILL, "segfault": signal.SIGSEGV, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
+        os.kill(os.getpid(), fatal[wanted["how"]])
+
+    wrap("nsae_cli.training.cell", "Cell.train_step", before)
+
+
 def turn_clock_back() -> None:
     """From now on each look at the wall clock finds it an hour earlier than the look before."""
     now = time.time()
@@ -274,6 +291,7 @@ def run_trial(trial: dict[str, Any]) -> int:
         os.close(descriptor)
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - as the process's own
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    os.environ.update(trial.get("environment", {}))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     log = Log(scratch / "events")
     import torch
@@ -289,6 +307,8 @@ def run_trial(trial: dict[str, Any]) -> int:
         count_phases(log)
     if trial.get("signal"):
         signal_in_phase(trial["signal"], log)
+    if trial.get("end_at_step"):
+        end_at_step(trial["end_at_step"], log)
     if trial.get("clock") == "backwards":
         turn_clock_back()
     if trial.get("file_size"):

@@ -9,6 +9,7 @@ from pathlib import Path
 import artifact_scenarios  # noqa: F401 - registers its scenarios
 import outside_scenarios  # noqa: F401
 import pytest
+import rank_scenarios  # noqa: F401
 import usage_scenarios  # noqa: F401
 from provoking import SCENARIOS, Place
 

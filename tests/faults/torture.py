@@ -30,6 +30,7 @@ import cut_points
 import full_disk
 import power_cut
 import races
+import several
 import signals
 import stages as stages_module
 import state_items
@@ -168,6 +169,15 @@ def _races(server: Server, stages: Stages, folder: Path) -> list[Tally]:
     ]
 
 
+def _ranks(server: Server, stages: Stages, folder: Path) -> list[Tally]:
+    """40 deaths, of every kind ten: five of two processes, five of four."""
+    one = stages.get("train")
+    return [
+        several.die(server, one, folder, 2, several.deaths(2, each=5), "data"),
+        several.die(server, one, folder, 4, several.deaths(4, each=5), "2x2"),
+    ]
+
+
 def _workers(server: Server, stages: Stages, folder: Path) -> list[Tally]:
     collect = stages.get("collect")
     worlds = [(first, second) for first in range(1, 5) for second in range(1, 5) if first != second]
@@ -191,7 +201,7 @@ def parts() -> dict[str, Part]:
     found |= {
         "torn-log": _torn_log, "signals": _signals, "more-signals": _more_signals, "races": _races, "items": _items,
         "small-disks": _small_disks, "file-sizes": _file_sizes, "order": _order, "clock": _clock,
-        "broken-reads": _broken_reads, "workers": _workers,
+        "broken-reads": _broken_reads, "workers": _workers, "ranks": _ranks,
     }  # fmt: skip
     return found
 

@@ -253,3 +253,13 @@ TOKENIZER = Entry(
     "tokens that the model does not have.",
     "Save the model's own tokenizer beside it: `AutoTokenizer.from_pretrained(ID).save_pretrained(DIR)`.",
 )
+
+# Several processes ---------------------------------------------------------------------------------------------------
+
+RANKS_SEE_OTHERS = Entry(
+    "ranks-see-others",
+    ArtifactError,
+    "Processes that train one SAE together do not see the same files: another store under the same name, or a "
+    "checkpoint that only some of them find, as where a network disk lags behind.",
+    "Give all of them the same file system, and run the command again once it shows the same everywhere.",
+)

@@ -92,6 +92,25 @@ DEVICE_MISSING = Entry(
     "Use `--device cpu` or one that the line lists, or install a torch that knows the device.",
 )
 
+# Several processes ---------------------------------------------------------------------------------------------------
+
+RANKS_NOT_MET = Entry(
+    "ranks-not-met",
+    ResourceError,
+    "A launcher has started several processes that are to train one SAE, and they could not meet: the address is not "
+    "set or not reachable, the port is taken, or one of them never came.",
+    "Start with `torchrun`, which sets the address; check `MASTER_ADDR`, `MASTER_PORT` and the firewall between the "
+    "machines; look at the output of the process that is missing.",
+)
+RANK_LOST = Entry(
+    "rank-lost",
+    ResourceError,
+    "One of several processes that train an SAE together was killed, has crashed or hangs; the line names it. The "
+    "others end too, since no step can be taken without it.",
+    "Look at that process's own output and at its machine's memory, then run the same command again: it goes on from "
+    "the last checkpoint, with as many processes or with others.",
+)
+
 # Hub and models ------------------------------------------------------------------------------------------------------
 
 HUB_UNREACHABLE = Entry(

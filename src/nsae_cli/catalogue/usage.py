@@ -53,6 +53,14 @@ KERNEL_MISSING = Entry(
     "Leave the option out (nsae then takes what there is), or install what the line names.",
 )
 
+RANKS_DIFFER = Entry(
+    "ranks-differ",
+    UsageError,
+    "Processes that are to train one SAE together were started with different options, versions or numbers of threads. "
+    "They would not compute the same numbers.",
+    "Start all of them with the same command, from the same installation.",
+)
+
 # Names and artifacts -------------------------------------------------------------------------------------------------
 
 URL_UNKNOWN = Entry(

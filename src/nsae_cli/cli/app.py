@@ -34,6 +34,7 @@ from nsae_cli.cli import (
 )
 from nsae_cli.cli.console import print_text
 from nsae_cli.cli.group import CommandGroup
+from nsae_cli.cli.ranks import speaks_of
 from nsae_cli.cli.session import Session
 
 _CHAIN = """
@@ -125,6 +126,8 @@ def invoke(arguments: list[str]) -> int:
     except BaseException as error:
         if failures.is_closed_pipe(error):
             silence_stdout()
+        if not speaks_of(error, arguments):
+            return failures.describe(error)[0]
         log = failures.save_traceback(error, session.workspace.root)
         return failures.report(error, debug="--debug" in arguments, log=log)
     return failures.EXIT_DONE

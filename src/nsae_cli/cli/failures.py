@@ -42,6 +42,8 @@ def describe(error: BaseException, log: Path | None = None) -> tuple[int, str | 
     for kind, code in EXIT_CODES.items():
         if isinstance(error, kind):
             return code, str(error)
+    if isinstance(error, errors.RankEnded):
+        return error.code, error.said
     if isinstance(error, errors.Interrupted):
         return 128 + error.signum, str(error)
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):

@@ -9,7 +9,9 @@ from rich.console import RenderableType
 
 from nsae_cli import catalogue
 from nsae_cli.cli.options import Device, Name, given
+from nsae_cli.cli.ranks import together
 from nsae_cli.cli.session import session_of
+from nsae_cli.reporter import SilentReporter
 from nsae_cli.store.workspace import Kind
 
 
@@ -163,6 +165,16 @@ def command(
         str | None, _harvest("auto|fp16|bf16|fp32", "Computation; auto is bf16 on CUDA, else fp32 [default: auto].")
     ] = None,
     device: Device = "auto",
+    parallel: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|data|features|DxF",
+            help="What processes that torchrun started share: each batch, the features, or both [default: data].",
+        ),
+    ] = "auto",
+    rank_timeout: Annotated[
+        str, typer.Option(metavar="TIME", help="How long these processes wait for each other.")
+    ] = "10m",
     kernel: Annotated[
         str,
         typer.Option(metavar="auto|dense|sparse", help="Training step: by density, or always dense or sparse (exact)."),
@@ -200,6 +212,8 @@ def command(
     Writes saes/NAME (or saes/NAME/CELL for a grid): weights in SAELens' layout, run.json with every metric on held-out
     rows, metrics.jsonl. Ctrl-C saves a checkpoint; the same command goes on from it.
 
+    Started by torchrun (or srun) as several processes it trains one SAE with all of them: docs/scaling-training.md.
+
     With --from-model no activations touch the disk: --buffer rows at a time are harvested and mixed in memory.
     """
     from nsae_cli.experiment.train import TrainCommandOptions, choose_source
@@ -216,9 +230,14 @@ def command(
         raise catalogue.REFUSED_COMBINATION(
             f"ACTIVATIONS {activations} and --from-model {options.from_model} both say where rows come from; give one"
         )
-    store = None if options.from_model is not None else session.choose(Kind.ACTIVATIONS, activations)[0]
-    source = choose_source(options, store, session.workspace)
-    result = train(options, source, session.workspace, name, session.reporter)
+    with together(options) as (options, ranks):
+        if not ranks.leads:
+            session.reporter = SilentReporter()
+        store = None if options.from_model is not None else session.choose(Kind.ACTIVATIONS, activations)[0]
+        source = choose_source(options, store, session.workspace, ranks)
+        result = train(options, source, session.workspace, name, session.reporter, ranks)
+    if not ranks.leads:
+        return
     session.say_where(result.artifacts, result.already_complete)
 
     def show() -> RenderableType:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
+from nsae_cli import catalogue
 from nsae_cli.lm.config import CollectConfig, HarvestOptions
 from nsae_cli.lm.corpus import refuse_output_in_corpus
 from nsae_cli.lm.live import LiveSource
 from nsae_cli.store.shards import open_activations
 from nsae_cli.store.workspace import Artifact, Workspace
 from nsae_cli.training.options import TrainOptions
+from nsae_cli.training.parallel.ranks import ALONE, Ranks
 from nsae_cli.training.source import StoreSource, TrainingSource
 from nsae_cli.values import Size
 
@@ -39,13 +41,16 @@ class TrainCommandOptions(TrainOptions, HarvestOptions):
         )
 
 
-def choose_source(options: TrainCommandOptions, store: Artifact | None, workspace: Workspace) -> TrainingSource:
+def choose_source(
+    options: TrainCommandOptions, store: Artifact | None, workspace: Workspace, ranks: Ranks = ALONE
+) -> TrainingSource:
     """The model of ``--from-model``, else the store.
 
     Args:
         options: as given.
         store: the activations; None exactly where a model is given.
         workspace: where the SAEs go.
+        ranks: the processes that train together.
 
     Raises:
         UsageError: layers that are not there, options that do not fit model or corpus, a workspace in the corpus.
@@ -53,7 +58,12 @@ def choose_source(options: TrainCommandOptions, store: Artifact | None, workspac
         ResourceError: model, hub, corpus or device not available.
     """
     if store is None:
+        if ranks.size > 1:
+            raise catalogue.REFUSED_COMBINATION(
+                f"--from-model with {ranks.mesh}: each would run the model over all of the text; collect a store first "
+                f"with `nsae collect`"
+            )
         config = options.collect_config()
         refuse_output_in_corpus(config.corpus_choice(embedded_model=False), workspace.root)
         return LiveSource(config, options.buffer)
-    return StoreSource(open_activations(store.path), options)
+    return StoreSource(open_activations(store.path), options, ranks.share)

@@ -21,7 +21,7 @@ import torch
 
 from nsae_cli.kernels.dense import DenseGradients
 from nsae_cli.kernels.selection import row_top_k
-from nsae_cli.kernels.types import Weights
+from nsae_cli.kernels.types import Exchange, Weights
 from nsae_cli.kernels.update import Gradients
 
 #: Of the paper's training runs.
@@ -48,6 +48,7 @@ def with_auxiliary_loss(
     error_weight: torch.Tensor,
     noise: torch.Tensor | None = None,
     coefficient: float = COEFFICIENT,
+    exchange: Exchange | None = None,
 ) -> Gradients:
     """The step's gradients with those of L_aux added; the same object where no feature is dead.
 
@@ -60,17 +61,26 @@ def with_auxiliary_loss(
         error_weight: w [B], the mean over rows already in it.
         noise: of the step [B, F], or None.
         coefficient: of the auxiliary loss.
+        exchange: with the processes that have other features; None: all are here.
     """
     columns = dead.nonzero()[:, 0]
-    if not len(columns) or not len(x):
+    there_are_some = bool(len(columns)) if exchange is None else exchange.any_feature(bool(len(columns)))
+    if not there_are_some or not len(x):
         return gradients
     full, residual = gradients.full(), -gradients.result.error
     W_dec = weights.W_dec[columns]
     h = torch.addmm(weights.b_enc[columns], x, weights.W_enc[:, columns])
     if noise is not None:
         h += noise[:, columns]
-    h.masked_fill_(~row_top_k(h, k_aux), 0).relu_()
-    pulled = torch.addmm(residual, h, W_dec, beta=-1) * (2 * coefficient * error_weight)[:, None]
+    largest = row_top_k(h, k_aux) if exchange is None else exchange.row_top_k(h, k_aux)
+    h.masked_fill_(~largest, 0).relu_()
+    if exchange is None or exchange.whole_rows:
+        gap = torch.addmm(residual, h, W_dec, beta=-1)
+    else:
+        gap = h @ W_dec
+        exchange.add_features_(gap)
+        gap -= residual
+    pulled = gap * (2 * coefficient * error_weight)[:, None]
     delta = (pulled @ W_dec.t()).masked_fill_(h <= 0, 0)
     full.W_enc.index_add_(1, columns, x.t() @ delta)
     full.b_enc.index_add_(0, columns, delta.sum(dim=0))

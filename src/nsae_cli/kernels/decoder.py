@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from nsae_cli.kernels.types import Weights
@@ -28,9 +30,15 @@ def bound_rows_(W_dec: torch.Tensor, bound: float = 1.0) -> None:
 
 
 @torch.no_grad()
-def clip_norm_(gradients: Weights, largest: float) -> None:
-    """g ← g·min(1, largest/‖g‖), ‖g‖ over all gradients together."""
+def gradient_norm(gradients: Weights) -> torch.Tensor:
+    """‖g‖ over all gradients together."""
     norms = [torch.linalg.vector_norm(gradient) for gradient in gradients.tensors()]
-    factor = (largest / torch.linalg.vector_norm(torch.stack(norms)).clamp_min(1e-30)).clamp_max(1.0)
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+@torch.no_grad()
+def clip_norm_(gradients: Weights, largest: float, norm: Callable[[Weights], torch.Tensor] = gradient_norm) -> None:
+    """g ← g·min(1, largest/‖g‖); `norm` says what ‖g‖ is where not all gradients are here."""
+    factor = (largest / norm(gradients).clamp_min(1e-30)).clamp_max(1.0)
     for gradient in gradients.tensors():
         gradient.mul_(factor)

@@ -14,7 +14,7 @@ from nsae_cli.kernels import scratch
 from nsae_cli.kernels.adam import Adam
 from nsae_cli.kernels.dense_selection import make_selection
 from nsae_cli.kernels.distance import SQUARED_ERROR
-from nsae_cli.kernels.types import Activation, Distance, Penalty, RowGradients, StepResult, Weights
+from nsae_cli.kernels.types import Activation, Distance, Exchange, Penalty, RowGradients, StepResult, Weights
 from nsae_cli.kernels.update import GradientBuffer
 
 #: Rows per block are chosen so that one [rows, F] float32 buffer takes at most this many bytes.
@@ -95,11 +95,18 @@ class DenseStep:
         matmul_dtype: dtype of the matrix products (bfloat16 on CUDA); None computes in the dtype of x. Sums over rows
             and everything element-wise stay in the dtype of x.
         block_rows: rows per block; None chooses by the width of the buffers (all rows at once on a GPU).
+        exchange: with the processes that have other rows of the batch or other features of the SAE; None: all are here.
     """
 
-    def __init__(self, matmul_dtype: torch.dtype | None = None, block_rows: int | None = None) -> None:
+    def __init__(
+        self,
+        matmul_dtype: torch.dtype | None = None,
+        block_rows: int | None = None,
+        exchange: Exchange | None = None,
+    ) -> None:
         self._matmul_dtype = matmul_dtype
         self._block_rows = block_rows
+        self._exchange = exchange
         bf16 = ", bf16 products" if matmul_dtype is torch.bfloat16 else ""
         self.name = f"dense{bf16}"
 
@@ -167,7 +174,7 @@ class DenseStep:
             return z if noise is None else z.add_(noise[part])
 
         blocks = self._blocks(rows, d_sae, x)
-        selection = make_selection(activation.selection, weights, rows)
+        selection = make_selection(activation.selection, weights, rows, self._exchange)
         acts = x.new_empty(0, d_sae)
         if selection.two_passes:
             for part in blocks:
@@ -192,7 +199,7 @@ class DenseStep:
             selection.apply_(acts)
             activation.value_(acts)
             result.least_act = selection.least_act(acts)
-            self._product(error, acts, W_dec, weights.b_dec)
+            self._reconstruct(error, acts, W_dec, weights.b_dec)
             measured = distance.measure_(x_part, error)  # until here it is x̂
             result.distance[part] = measured.value
             result.sq_error[part] = torch.linalg.vecdot(error, error)
@@ -229,7 +236,18 @@ class DenseStep:
         selection.write(gradients, penalty.jump)
         if row_gradients:
             result.row_gradients = RowGradients.cat(of_rows, x.new_empty(0))
+        if self._exchange is not None:
+            self._exchange.complete_(result)
         return result
+
+    def _reconstruct(self, out: torch.Tensor, acts: torch.Tensor, W_dec: torch.Tensor, b_dec: torch.Tensor) -> None:
+        """x̂ = acts @ W_dec + b_dec, over all features."""
+        if self._exchange is None or self._exchange.whole_rows:
+            self._product(out, acts, W_dec, b_dec)
+            return
+        self._product(out, acts, W_dec)
+        self._exchange.add_features_(out)
+        out.add_(b_dec)
 
     def _blocks(self, rows: int, d_sae: int, x: torch.Tensor) -> list[slice]:
         """Blocks of nearly equal size, whose buffers take at most _BLOCK_BYTES."""

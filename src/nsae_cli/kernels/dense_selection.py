@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from nsae_cli.kernels import scratch
 from nsae_cli.kernels.jump import in_band_, threshold_gradient
 from nsae_cli.kernels.selection import BatchTopK, row_top_k
-from nsae_cli.kernels.types import Selection, Weights
+from nsae_cli.kernels.types import BatchChoice, Exchange, Selection, Weights
 
 
 class DenseSelection:
@@ -37,18 +39,18 @@ class DenseSelection:
 
 
 class _RowTopK(DenseSelection):
-    def __init__(self, k: int) -> None:
-        self._k = k
+    def __init__(self, k: int, choose: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
+        self._k, self._choose = k, choose
 
     def apply_(self, pre_acts: torch.Tensor) -> None:
-        pre_acts.masked_fill_(~row_top_k(pre_acts, self._k), 0)
+        pre_acts.masked_fill_(~self._choose(pre_acts, self._k), 0)
 
 
 class _BatchTopK(DenseSelection):
     two_passes = True
 
-    def __init__(self, count: int, like: torch.Tensor) -> None:
-        self._largest = BatchTopK(count)
+    def __init__(self, largest: BatchChoice, like: torch.Tensor) -> None:
+        self._largest = largest
         self._least = like.new_tensor(torch.inf)
 
     def look(self, pre_acts: torch.Tensor) -> None:
@@ -87,13 +89,16 @@ class _AboveThreshold(DenseSelection):
         )
 
 
-def make_selection(selection: Selection, weights: Weights, rows: int) -> DenseSelection:
+def make_selection(
+    selection: Selection, weights: Weights, rows: int, exchange: Exchange | None = None
+) -> DenseSelection:
     """The selection of one step.
 
     Args:
         selection: which entries may be active.
         weights: thresholds and dtype.
         rows: B.
+        exchange: None where all rows and features are here.
     """
     if selection.bandwidth is not None:
         assert weights.log_threshold is not None
@@ -101,5 +106,6 @@ def make_selection(selection: Selection, weights: Weights, rows: int) -> DenseSe
     if selection.top_k is None:
         return DenseSelection()
     if selection.over == "row":
-        return _RowTopK(selection.top_k)
-    return _BatchTopK(selection.top_k * rows, weights.b_enc)
+        return _RowTopK(selection.top_k, row_top_k if exchange is None else exchange.row_top_k)
+    here = BatchTopK(selection.top_k * rows) if exchange is None else exchange.batch_top_k(selection.top_k, rows)
+    return _BatchTopK(here, weights.b_enc)

@@ -24,7 +24,7 @@ from nsae_cli.kernels.native_ops import NativeOps
 from nsae_cli.kernels.options import KernelOption, PrecisionOption
 from nsae_cli.kernels.sparse import SparseStep
 from nsae_cli.kernels.torch_ops import TorchOps
-from nsae_cli.kernels.types import Activation, Distance, StepResult, Weights
+from nsae_cli.kernels.types import Activation, Distance, Exchange, StepResult, Weights
 from nsae_cli.kernels.update import GradientBuffer, Gradients
 
 SparseKind = Literal["native", "torch", "triton"]
@@ -59,13 +59,26 @@ class Choice:
     dense: bool
     dense_dtype: torch.dtype | None
 
-    def make(self, d_in: int, d_sae: int, activation: Activation, distance: Distance = SQUARED_ERROR) -> AdaptiveKernel:
-        """The kernel of one SAE: it keeps what it knows of the SAE's weights and density."""
+    def make(
+        self,
+        d_in: int,
+        d_sae: int,
+        activation: Activation,
+        distance: Distance = SQUARED_ERROR,
+        exchange: Exchange | None = None,
+    ) -> AdaptiveKernel:
+        """The kernel of one SAE: it keeps what it knows of the SAE's weights and density.
+
+        Args:
+            d_in, d_sae: of the features that are here.
+            activation, distance: of the SAE.
+            exchange: of dense steps, with other processes.
+        """
         if self.sparse is not None and not _steps_sparsely(distance):
             assert self.dense, "`choose` was not told of this distance"
-            return dataclasses.replace(self, sparse=None).make(d_in, d_sae, activation, distance)
+            return dataclasses.replace(self, sparse=None).make(d_in, d_sae, activation, distance, exchange)
         sparse = None if self.sparse is None else SparseStep(self._ops())
-        dense = DenseStep(self.dense_dtype) if self.dense else None
+        dense = DenseStep(self.dense_dtype, exchange=exchange) if self.dense else None
         crossover = calibration.crossover(self.kind, self.device, d_in, d_sae) if sparse and dense else None
         if crossover is not None and self.sparse == "triton":
             crossover = min(crossover, _MOST_DENSITY / _HYSTERESIS)  # denser steps it would only give back

@@ -49,6 +49,11 @@ class Weights:
         """A detached copy in `dtype`."""
         return Weights(*(tensor.detach().to(dtype, copy=True) for tensor in self.tensors()))
 
+    def features(self, part: slice) -> Weights:
+        """Views of those of some features."""
+        log_threshold = None if self.log_threshold is None else self.log_threshold[part]
+        return Weights(self.W_enc[:, part], self.b_enc[part], self.W_dec[part], self.b_dec, log_threshold)
+
     def by_feature(self) -> Weights:
         """The same values with W_enc laid out feature by feature in memory, as the sparse kernels read it."""
         return Weights(self.W_enc.t().contiguous().t(), self.b_enc, self.W_dec, self.b_dec, self.log_threshold)
@@ -147,6 +152,43 @@ class Distance(Protocol):
 
     def measure_(self, x: torch.Tensor, x_hat: torch.Tensor) -> Measured:
         """D and its gradient; turns x̂ into x̂ − x in place."""
+
+
+class BatchChoice(Protocol):
+    """Finds the largest positive entries of a batch that comes in blocks of rows, in two passes."""
+
+    def offer(self, z: torch.Tensor) -> None:
+        """First pass: looks at a block [rows, F]."""
+
+    def choose(self, z: torch.Tensor) -> torch.Tensor:
+        """Second pass: where the largest are in a block, bool [rows, F]; blocks in the order of their rows."""
+
+
+class Exchange(Protocol):
+    """What a step tells the other processes where a batch's rows or an SAE's features are spread over several.
+
+    Each process has some rows and some features of them, F of all; processes with the same rows come in the order of
+    their features, and all have equally many.
+    """
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether this process has all features of its rows."""
+
+    def add_features_(self, part: torch.Tensor) -> None:
+        """Adds up the parts of the processes that have the same rows, in place."""
+
+    def any_feature(self, here: bool) -> bool:
+        """Whether it is so in any process that has the same rows."""
+
+    def row_top_k(self, z: torch.Tensor, k: int) -> torch.Tensor:
+        """`selection.row_top_k` over all features of each row: which of those here, bool [rows, F]."""
+
+    def batch_top_k(self, k: int, rows: int) -> BatchChoice:
+        """`selection.BatchTopK` of the k·B largest over all B rows and all features; rows: of them here."""
+
+    def complete_(self, result: StepResult) -> None:
+        """Makes sums over features of them, and a least act over the batch, of those of this process."""
 
 
 @dataclass

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
 from nsae_cli.kernels.adam import Adam
-from nsae_cli.kernels.decoder import bound_rows_, clip_norm_, normalise_rows_, remove_parallel_component_
+from nsae_cli.kernels.decoder import (
+    bound_rows_,
+    clip_norm_,
+    gradient_norm,
+    normalise_rows_,
+    remove_parallel_component_,
+)
 from nsae_cli.kernels.types import StepResult, Weights
 
 
@@ -70,10 +77,18 @@ class Updater:
         weights: updated in place.
         decoder: ``unit``, ``free`` or ``bounded``.
         clip: largest norm of all gradients together, or None.
+        norm: of all gradients together, where not all of them are here.
     """
 
-    def __init__(self, weights: Weights, decoder: str, clip: float | None) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        decoder: str,
+        clip: float | None,
+        norm: Callable[[Weights], torch.Tensor] = gradient_norm,
+    ) -> None:
         self.adam = Adam(weights)
+        self._norm = norm
         self._weights, self._decoder, self._clip = weights, decoder, clip
 
     @torch.no_grad()
@@ -92,7 +107,7 @@ class Updater:
         if self._decoder == "unit":
             remove_parallel_component_(full.W_dec, self._weights.W_dec)
         if self._clip is not None:
-            clip_norm_(full, self._clip)
+            clip_norm_(full, self._clip, self._norm)
         self.adam.step(full, lr)
         if self._decoder == "unit":
             normalise_rows_(self._weights.W_dec)

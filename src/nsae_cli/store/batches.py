@@ -70,6 +70,17 @@ class HookRows:
 Batch = dict[str, HookRows]
 
 
+@dataclass(frozen=True)
+class Share:
+    """A process's part of every batch: the rows from index·B/of on, where B is the batch size, a multiple of `of`."""
+
+    index: int = 0
+    of: int = 1
+
+
+WHOLE = Share()
+
+
 def read_rows(store: ActivationStore, profile: HookProfile, shard: int, keep: torch.Tensor) -> HookRows:
     """The rows of a shard that `keep` [rows] selects, with norms and groups."""
     norms = store.norms(shard, profile.hook)
@@ -90,6 +101,7 @@ class BatchStream:
         seed: of the order.
         buffer_rows: rows of a window at most (at least one shard).
         drop_sinks: leave out the rows that are sinks at the (one) hook.
+        share: the part of every batch that is yielded; the other rows are not even kept in memory.
     """
 
     store: ActivationStore
@@ -99,6 +111,7 @@ class BatchStream:
     seed: int
     buffer_rows: int
     drop_sinks: bool
+    share: Share = WHOLE
 
     def __post_init__(self) -> None:
         assert len(self.profiles) == 1 or not self.drop_sinks, "hooks have different sinks, so they cannot share rows"
@@ -122,6 +135,7 @@ class BatchStream:
         A batch may be a view of the window that is in memory: it is to be used before the next one is taken.
         """
         epoch, skip = divmod(first_step * self.batch_size, self.rows_per_epoch)
+        begun = 0  # rows of whole batches since the first
         carried: dict[str, list[HookRows]] = {profile.hook: [] for profile in self.profiles}
         while True:
             for window in self._windows(epoch):
@@ -129,11 +143,20 @@ class BatchStream:
                 if skip >= len(order):
                     skip -= len(order)
                     continue
-                rows = self._load(window, order[skip:])
-                for _, batch in cut_batches(carried, partial(_select, rows), len(order) - skip, self.batch_size):
+                order = order[skip:]
+                mine, skip, begun = self._own(order, begun), 0, begun + len(order)
+                rows = self._load(window, mine)
+                own_size = self.batch_size // self.share.of
+                for _, batch in cut_batches(carried, partial(_select, rows), len(mine), own_size):
                     yield batch
-                skip = 0
             epoch += 1
+
+    def _own(self, order: torch.Tensor, begun: int) -> torch.Tensor:
+        """Those of rows in order that belong to this process; `begun`: how many came before, since a batch began."""
+        if self.share.of == 1:
+            return order
+        place = (begun + torch.arange(len(order))) % self.batch_size
+        return order[place // (self.batch_size // self.share.of) == self.share.index]
 
     def origin(self, step: int, index: int) -> str:
         """``row 37 of shard-00000.safetensors``: where the row `index` of the batch of `step` (0-based) comes from."""

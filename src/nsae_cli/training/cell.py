@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
 from nsae_cli import catalogue
 from nsae_cli.kernels.auxk import with_auxiliary_loss
 from nsae_cli.kernels.select import Choice
-from nsae_cli.kernels.types import StepResult, Weights, in_memory_order
-from nsae_cli.kernels.update import GradientBuffer, Gradients, Updater
+from nsae_cli.kernels.types import RowGradients, StepResult, Weights, in_memory_order
+from nsae_cli.kernels.update import Updater
 from nsae_cli.metrics.deadness import FiredWindow
 from nsae_cli.sae.autoencoder import SparseAutoencoder, fold_input_scale
 from nsae_cli.sae.objective import ERROR_TERMS, L1_POWER, Objective, beta_from_alpha, penalty_degree
@@ -19,6 +22,9 @@ from nsae_cli.store.batches import HookRows, stable_seed
 from nsae_cli.store.profile import HookProfile
 from nsae_cli.training.l0_control import NOISE_FREE_EVERY, L0Control, gains_of, mean_l0, noise_free_l0
 from nsae_cli.training.options import CellConfig
+from nsae_cli.training.parallel.gradients import BatchSums, SharedGradients, shared_norm
+from nsae_cli.training.parallel.group import Group
+from nsae_cli.training.parallel.ranks import ALONE, Ranks
 from nsae_cli.training.resample import Resampler, last_step
 from nsae_cli.training.row_weights import batch_weights
 from nsae_cli.training.schedule import is_logged, learning_rate, ramp
@@ -61,9 +67,32 @@ class StepLog:
     alpha: float
     lr: float
 
+    def whole(self, data: Group) -> StepLog:
+        """That of the rows of all processes."""
+        if data.size == 1:
+            return self
+        of_rows = ("error", "sq_error", "distance", "penalty", "l0", "l1")
+        result = _mapped(self.result, of_rows, data.cat)
+        if (sums := result.row_gradients) is not None:
+            result.row_gradients = _mapped(sums, [field.name for field in dataclasses.fields(sums)], data.cat)
+        weights = ("error_weight", "plain_error_weight", "sparsity_weight")
+        return dataclasses.replace(_mapped(self, ("x", *weights), data.cat), result=result)
+
+
+Record = TypeVar("Record", StepResult, RowGradients, StepLog)
+
+
+def _mapped(record: Record, names: Iterable[str], function: Callable[[torch.Tensor], torch.Tensor]) -> Record:
+    """A copy with a function of these fields, where they are not None."""
+    changed: dict[str, Any] = {name: function(value) for name in names if (value := getattr(record, name)) is not None}
+    return dataclasses.replace(record, **changed)
+
 
 class Cell:
     """The state of one SAE in training, in scaled units (x' = s·x).
+
+    Where several processes train it, each has a cell with its part of the features, and steps on its part of every
+    batch; what follows is then said of all of them together.
 
     Args:
         config: what to train.
@@ -71,25 +100,40 @@ class Cell:
         weights: initial weights in scaled units, on the training device; taken over and updated in place.
         kernel: what to step with.
         norm_scale: ñ of the hook.
+        ranks: the processes that train it.
     """
 
     def __init__(
-        self, config: CellConfig, objective: Objective, weights: Weights, kernel: Choice, norm_scale: float
+        self,
+        config: CellConfig,
+        objective: Objective,
+        weights: Weights,
+        kernel: Choice,
+        norm_scale: float,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.config = config
+        self.ranks = ranks
         self._start_objective = objective
         typical = norm_scale * objective.input_scale
         self._typical_weights = (typical**-objective.weight_power, typical**-objective.l1_power)
         if objective.nonlinearity.selection.bandwidth is not None:
             weights.log_threshold = torch.zeros_like(weights.b_enc)
         self.weights = weights = weights.by_feature()
-        self.kernel = kernel.make(len(weights.b_dec), config.d_sae, objective.nonlinearity, objective.distance)
-        self._gradients = GradientBuffer(weights)
+        make = partial(kernel.make, len(weights.b_dec), len(weights.b_enc), objective.nonlinearity, objective.distance)
+        self._exchange = ranks.exchange()
+        self.kernel = make(self._exchange)
+        #: For rows that all processes have.
+        self.probing = self.kernel if ranks.size == 1 else make(ranks.exchange_of_rows())
+        self._shared = SharedGradients(weights, ranks.data)
+        self._gradients = self._shared.buffer
         self._zero_rows = torch.zeros((), dtype=torch.int64, device=weights.b_enc.device)
-        self.window = FiredWindow(config.d_sae, config.dead_window, device=weights.b_enc.device)
-        self._updater = Updater(weights, config.decoder, config.clip)
+        self.window = FiredWindow(len(weights.b_enc), config.dead_window, device=weights.b_enc.device)
+        self._updater = Updater(weights, config.decoder, config.clip, partial(shared_norm, ranks))
         self._threshold = BatchThreshold(weights.b_enc.device) if config.act == "batchtopk" else None
-        self._resampler = Resampler(objective, weights, config.decoder, self._updater.adam, self.window, config.seed)
+        self._resampler = Resampler(
+            objective, weights, config.decoder, self._updater.adam, self.window, config.seed, ranks
+        )
         self.control: L0Control | None = None
         if config.target_l0 is not None:
             self.control = L0Control(config.target_l0, config.alpha, gains_of(config.act))
@@ -115,7 +159,7 @@ class Cell:
         """One optimizer step on a batch.
 
         Args:
-            rows: the batch, on the training device.
+            rows: the batch, on the training device; of several processes each has its part.
             step: 0-based number of this step.
 
         Raises:
@@ -128,12 +172,11 @@ class Cell:
         ramped = ramp(step, config.steps, config.alpha_warm_up)
         # A copy: cells of a grid share the rows, and those of a float32 store are float32 already.
         x = rows.x.to(torch.float32, copy=True).mul_(objective.input_scale)
+        batch_size = len(rows.norm) * self.ranks.data.size
         plain = objective.row_weights(rows.norm, rows.zero)
-        per_row_error, per_row_sparsity = batch_weights(
-            config.row_weights, plain, rows.zero, self._typical_weights, config.seed, step
-        )
-        error_weight = per_row_error / len(rows.norm)
-        sparsity_weight = per_row_sparsity * (objective.beta_scaled * ramped / len(rows.norm))
+        per_row_error, per_row_sparsity = self._row_weights(plain, rows, step)
+        error_weight = per_row_error / batch_size
+        sparsity_weight = per_row_sparsity * (objective.beta_scaled * ramped / batch_size)
         noise = self._noise(len(rows.norm), step)
         gradients = self.kernel.backward(
             x,
@@ -157,26 +200,41 @@ class Cell:
                 k_aux=config.aux_k,
                 error_weight=objective.squared_error_weight(error_weight, rows.norm, rows.zero),
                 noise=noise,
+                exchange=self._exchange,
             )
-        self._refuse_non_finite(gradients, step)
+        sums = self._shared.sum(gradients, rows)
+        self._refuse_non_finite(sums, step)
         lr = learning_rate(step, config.steps, config.lr, config.lr_warm_up, config.lr_decay)
         if control is not None and ramped == 1:
             self._control_l0(control, x, rows, result, step, lr / config.lr)
-        self._updater.step(gradients, lr)
-        self.window.update(result.fired, len(rows.norm))
+        self._updater.step(sums.gradients, lr)
+        self.window.update(sums.fired, batch_size)
         if self._threshold is not None:
             assert result.least_act is not None
             self._threshold.update(result.least_act)
         if self._resamples_after(step):
             self._resampler.resample(rows, x, result, error_weight, step)
-        self._zero_rows += rows.zero.sum()  # stays on the device: reading it here would make every step wait
-        return StepLog(result, x, error_weight, plain[0] / len(rows.norm), sparsity_weight, alpha * ramped, lr)
+        self._zero_rows += sums.zero_rows  # stays on the device: reading it here would make every step wait
+        return StepLog(result, x, error_weight, plain[0] / batch_size, sparsity_weight, alpha * ramped, lr)
+
+    def _row_weights(
+        self, plain: tuple[torch.Tensor, torch.Tensor], rows: HookRows, step: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `--row-weights` makes of the batch's plain weights, for the rows of this process."""
+        kind, data = self.config.row_weights, self.ranks.data
+        if kind == "plain" or data.size == 1:
+            return batch_weights(kind, plain, rows.zero, self._typical_weights, self.config.seed, step)
+        # Controls look at the whole batch, which is a few numbers a row.
+        w, v, zero = data.cat(plain[0]), data.cat(plain[1]), data.cat(rows.zero)
+        w, v = batch_weights(kind, (w, v), zero, self._typical_weights, self.config.seed, step)
+        own = self.ranks.own_rows(len(zero))
+        return w[own], v[own]
 
     def look_at_held_out(self, rows: HookRows) -> None:
         """Counts L0 of held-out rows (on the training device); the next step compares its batch's with it."""
         if self.control is not None:
             scaled = rows.x.to(torch.float32) * self._start_objective.input_scale
-            self._held_out_l0 = mean_l0(noise_free_l0(scaled, self.weights), rows)
+            self._held_out_l0 = mean_l0(self._noise_free_l0(scaled), rows)
 
     def _control_l0(
         self, control: L0Control, x: torch.Tensor, rows: HookRows, result: StepResult, step: int, lr_share: float
@@ -186,30 +244,42 @@ class Cell:
         held_out_l0, self._held_out_l0 = self._held_out_l0, None
         if step % every and held_out_l0 is None:
             return
-        mean = mean_l0(noise_free_l0(x, self.weights) if self.config.noise else result.l0, rows)
+        mean = mean_l0(self._noise_free_l0(x) if self.config.noise else result.l0, rows, self.ranks.data)
         if held_out_l0 is not None:
             control.compare(mean, held_out_l0)
         if step % every == 0 and mean == mean:  # NaN: the batch has no non-sink row
             control.update(mean, lr_share * every)
+
+    def _noise_free_l0(self, x: torch.Tensor) -> torch.Tensor:
+        l0 = noise_free_l0(x, self.weights)
+        self.ranks.features.sum_(l0)
+        return l0
 
     def _resamples_after(self, step: int) -> bool:
         every, done = self.config.resample_dead, step + 1
         return every is not None and done % every == 0 and done <= last_step(self.config.steps, self.config.lr_decay)
 
     def _noise(self, rows: int, step: int) -> torch.Tensor | None:
-        """Gaussian noise on pre-activations; a function of (seed, step), so that resuming needs no random state."""
+        """Gaussian noise on pre-activations; a function of (seed, step), so that resuming needs no random state.
+
+        Of several processes each draws the noise of the whole batch and takes its part: the same as in one.
+        """
         if self.config.noise == 0:
             return None
         device = self.weights.b_enc.device
         generator = torch.Generator(device=device).manual_seed(stable_seed("noise", self.config.seed, step))
-        return torch.randn(rows, self.config.d_sae, generator=generator, device=device).mul_(self.config.noise)
+        batch_size, d_sae = rows * self.ranks.data.size, self.config.d_sae
+        noise = torch.randn(batch_size, d_sae, generator=generator, device=device).mul_(self.config.noise)
+        return noise[self.ranks.own_rows(batch_size), self.ranks.own_features(d_sae)]
 
-    def _refuse_non_finite(self, gradients: Gradients, step: int) -> None:
+    def _refuse_non_finite(self, sums: BatchSums, step: int) -> None:
         # b_dec's gradient sums every row's error, b_enc's every row's delta: a NaN or infinity anywhere reaches one.
         # A threshold has no row of its own, and may be the only thing that is not finite.
-        total = gradients.result.sq_error.sum() + gradients.b_dec.sum() + gradients.b_enc.sum()
+        gradients = sums.gradients
+        total = sums.sq_error + gradients.b_dec.sum() + gradients.b_enc.sum()
         if gradients.log_threshold is not None:
             total = total + gradients.log_threshold.sum()
+        self.ranks.features.sum_(total)
         if not bool(torch.isfinite(total)):
             raise catalogue.LOSS_NOT_FINITE(
                 f"loss or gradient is not finite at step {step + 1} of {self.config.hook} ({self.config.act}, "
@@ -226,7 +296,8 @@ class Cell:
             NumericalError: a value is not finite.
         """
         state = {**self.weights.named(), **self._updater.adam.state()}
-        bad = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
+        found = self.ranks.agree(*(not bool(torch.isfinite(tensor).all()) for tensor in state.values()))
+        bad = [name for name, is_bad in zip(state, found, strict=True) if is_bad]
         if bad:
             raise catalogue.LOSS_NOT_FINITE(
                 f"{bad[0]} of {self.config.hook} ({self.config.act}, {self.config.l2_norm}) is not finite after step "
@@ -243,6 +314,12 @@ class Cell:
         """How many dead features were given new weights so far."""
         return self._resampler.count
 
+    def dead_fraction(self) -> float | None:
+        """Share of all features that are silent over the window; see `FiredWindow.dead_fraction`."""
+        if self.ranks.features.size == 1:
+            return self.window.dead_fraction()
+        return self.ranks.features.cat(self.window.dead()).double().mean().item()
+
     def saved_sae(self) -> SparseAutoencoder:
         """The SAE as it is saved: in raw units, float32, on the CPU. One of batchtopk is a jumprelu SAE."""
         act, scale = self.objective.act, self.objective.input_scale
@@ -254,7 +331,7 @@ class Cell:
         return SparseAutoencoder(act, dataclasses.replace(folded, log_threshold=None), k, threshold).to("cpu")
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Everything that a later step depends on beside the configuration, by name.
+        """Everything that a later step depends on beside the configuration, by name; of this process's features.
 
         These are the tensors themselves, not copies. Matrices are in the order of their memory (W_enc as
         [d_sae, d_in]), so that copying and writing them reorders nothing.

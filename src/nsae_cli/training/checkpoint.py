@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from nsae_cli import catalogue
 from nsae_cli.errors import ArtifactError
 from nsae_cli.reporter import Reporter
 from nsae_cli.store import commit
@@ -106,6 +107,20 @@ class Checkpoints:
             instead = f"going on from step-{found.step}" if found else "beginning again"
             reporter.warn(f"damaged checkpoint {', '.join(damaged)}: {instead}")
         return found
+
+    def of(self, step: int) -> Checkpoint:
+        """The checkpoint of a step that another process has found intact.
+
+        Raises:
+            ArtifactError: it looks otherwise from here.
+        """
+        try:
+            return self._read(step)
+        except _Damaged as error:
+            raise catalogue.RANKS_SEE_OTHERS(
+                f"{self.folder / f'step-{step}'} is intact for the first process, and not here ({error}); give all "
+                f"processes the same file system"
+            ) from error
 
     def damaged(self) -> dict[int, str]:
         """Of every checkpoint that cannot be used why, by step; reads them all."""

@@ -17,6 +17,7 @@ from nsae_cli.training.cell import Cell
 from nsae_cli.training.environment import versions
 from nsae_cli.training.evaluate import evaluate
 from nsae_cli.training.l0_control import TOLERANCE
+from nsae_cli.training.parallel.mesh import ONE, Mesh
 from nsae_cli.training.plan import TrainPlan
 
 T = TypeVar("T")
@@ -36,11 +37,13 @@ def finish_cell(
     profile: HookProfile,
     adam_sink_share: float | None,
     reporter: Reporter,
+    mesh: Mesh = ONE,
 ) -> dict[str, Any]:
     """Evaluates and saves one cell; its run.json, written last, marks it as complete. Returns run.json.
 
     Args:
         adam_sink_share: as the probes of the gradient left it.
+        mesh: the processes that took its last steps.
     """
     folder, config = plan.cell_folder(name), cell.config
     sae = cell.saved_sae()
@@ -63,6 +66,8 @@ def finish_cell(
         reporter.warn(f"{name}: {warning}")
     document = {
         **_describe(plan, cell, profile),
+        # By how many a sum is split its rounding depends on; of one process a run.json says nothing of it.
+        **({"processes": {"data": mesh.data, "features": mesh.features}} if mesh.size > 1 else {}),
         "metrics": metrics,
         "weights_sha256": {key: commit.tensor_sha256(tensor) for key, tensor in sae.named().items()},
         "l0_target": target,

@@ -11,6 +11,7 @@ import torch
 from nsae_cli.kernels.types import Weights
 from nsae_cli.metrics.groups import SINKS
 from nsae_cli.store.batches import HookRows
+from nsae_cli.training.parallel.group import ONE, Group
 
 #: A saved SAE whose held-out L0 is farther than this from its target, as a share, has missed it.
 TOLERANCE = 0.02
@@ -165,10 +166,12 @@ def noise_free_l0(x: torch.Tensor, weights: Weights) -> torch.Tensor:
     return (pre_acts > least).sum(dim=1)
 
 
-def mean_l0(l0: torch.Tensor, rows: HookRows) -> float:
-    """Mean of `l0` [B] over the rows that are neither sinks nor zero; NaN if there are none."""
+def mean_l0(l0: torch.Tensor, rows: HookRows, data: Group = ONE) -> float:
+    """Mean of `l0` [B] over the rows that are neither sinks nor zero, of all processes; NaN if there are none."""
     counted = ~rows.zero & (rows.group != SINKS)
-    return float(torch.where(counted, l0, 0).sum(dtype=torch.float64) / counted.sum())
+    sums = torch.stack([torch.where(counted, l0, 0).sum(dtype=torch.float64), counted.sum().double()])
+    data.sum_(sums)
+    return float(sums[0] / sums[1])
 
 
 def is_compared(step: int, steps: int) -> bool:

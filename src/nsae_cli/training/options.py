@@ -14,6 +14,7 @@ from nsae_cli.device import DeviceOption
 from nsae_cli.kernels.auxk import default_k_aux
 from nsae_cli.kernels.options import KernelOption, PrecisionOption
 from nsae_cli.sae.objective import DEFAULT_ALPHA, DEFAULT_DECODER, DEFAULT_SPARSITY, refused_combination
+from nsae_cli.training.parallel.mesh import ParallelOption
 from nsae_cli.training.resample import first_resampling
 from nsae_cli.training.row_weights import RowWeights
 from nsae_cli.training.schedule import probe_interval
@@ -73,6 +74,14 @@ def parse_interval(value: Any) -> Any:
         return int(text)
     except ValueError:
         raise ValueError("expected a time such as 5m or 90s, or a number of steps") from None
+
+
+def parse_wait(value: Any) -> Any:
+    """``10m``, ``90s`` → "600s", "90s"."""
+    wait = parse_interval(value)
+    if isinstance(wait, int):
+        raise ValueError("expected a time such as 10m or 90s")
+    return wait
 
 
 def parse_every(value: Any) -> Any:
@@ -136,6 +145,10 @@ class TrainOptions(BaseModel):
     buffer: Size = Field(524_288, gt=0, description="rows that are mixed in memory")
     seed: Annotated[list[Size], _Split] = Field([0], description="of data order, initialisation and noise")
     device: DeviceOption = "auto"
+    parallel: ParallelOption = Field("auto", description="what processes share, where a launcher started several")
+    rank_timeout: Annotated[str, BeforeValidator(parse_wait)] = Field(
+        "600s", description="how long they wait for each other"
+    )
     kernel: KernelOption = Field("auto", description="dense or sparse training steps")
     precision: PrecisionOption = Field("auto", description="of the encoder's product in sparse steps")
     max_memory: Size | None = Field(None, gt=0, description="bytes that weights and mixed rows may take")

@@ -17,13 +17,16 @@ from nsae_cli.kernels.decoder import remove_parallel_component_
 from nsae_cli.kernels.dense import DenseStep
 from nsae_cli.kernels.types import Activation, StepResult, Weights
 from nsae_cli.metrics.groups import N_GROUPS, SINKS
-from nsae_cli.metrics.norm_bias import AdamSinkShare, group_gradient_projection, squared_norm
+from nsae_cli.metrics.norm_bias import AdamSinkShare
 from nsae_cli.metrics.training_batch import by_group_name
+from nsae_cli.metrics.undefined import ratio
 from nsae_cli.sae.nonlinearity import JumpRelu
 from nsae_cli.sae.objective import Objective
 from nsae_cli.store.batches import HookRows
 from nsae_cli.store.profile import HookProfile
 from nsae_cli.training.cell import Cell
+from nsae_cli.training.parallel.gradients import shared_inner_product
+from nsae_cli.training.parallel.ranks import ALONE, Ranks
 from nsae_cli.training.plan import TrainPlan
 from nsae_cli.training.schedule import is_probed, ramp
 
@@ -60,6 +63,7 @@ def probe_gradient(
     beta: float,
     unit_decoder: bool,
     step: Callable[..., StepResult] | None = None,
+    ranks: Ranks = ALONE,
 ) -> ProbedGradient:
     """The gradient of the mean loss over the rows, in all parameters, after projection and before clipping.
 
@@ -71,6 +75,7 @@ def probe_gradient(
         beta: β of the penalty, in scaled units.
         unit_decoder: whether W_dec's gradient is projected.
         step: what to compute gradients with, of `reference.step_gradients`' signature; None for dense steps.
+        ranks: the processes that have the other features; all of them probe on the same rows.
     """
     step = step or DenseStep()
 
@@ -92,7 +97,7 @@ def probe_gradient(
     if unit_decoder:
         remove_parallel_component_(total.W_dec, weights.W_dec)
     whole = total.named()
-    total_sq = squared_norm(whole)
+    total_sq = shared_inner_product(ranks, whole, whole)
     if least_act is not None:  # what is selected depends on the whole batch: its parts get the same threshold
         threshold = torch.nextafter(least_act, torch.zeros_like(least_act))
         weights = dataclasses.replace(weights, log_threshold=torch.full_like(weights.b_enc, float(threshold)).log())
@@ -108,11 +113,11 @@ def probe_gradient(
             continue
         gradient(of_group, weights, part)
         found = {name: part.named()[name] for name in whole}
-        projections += group_gradient_projection([found], whole, total_sq)
+        projections.append(ratio(shared_inner_product(ranks, found, whole), total_sq))
         if group == SINKS:
             if unit_decoder:
                 remove_parallel_component_(part.W_dec, weights.W_dec)
-            sinks_sq = squared_norm(found)
+            sinks_sq = shared_inner_product(ranks, found, found)
     return ProbedGradient(projections, total_sq, sinks_sq)
 
 
@@ -137,7 +142,7 @@ class CellProbe:
         beta = objective.beta_scaled * ramp(step, cell.config.steps, cell.config.alpha_warm_up)
         unit = cell.config.decoder == "unit"
         found = probe_gradient(
-            self._rows, cell.weights, objective, objective.nonlinearity, beta, unit, cell.kernel.gradients
+            self._rows, cell.weights, objective, objective.nonlinearity, beta, unit, cell.probing.gradients, cell.ranks
         )
         if found.sinks_sq is not None:
             self._sinks.update(found.sinks_sq, found.total_sq, step - self._last_step)

@@ -22,10 +22,11 @@ def step_record(cell: Cell, rows: HookRows, log: StepLog, step: int) -> dict[str
 
     Args:
         cell: after the step.
-        rows: the step's batch.
+        rows: the step's batch; of several processes each has its part, and all get the same line.
         log: what the step gave, with the gradient norms of its rows.
         step: 0-based number of the step.
     """
+    rows, log = cell.ranks.whole_batch(rows), log.whole(cell.ranks.data)
     objective, result = cell.objective, log.result
     s = objective.input_scale
     x_hat = log.x + result.error
@@ -61,7 +62,7 @@ def step_record(cell: Cell, rows: HookRows, log: StepLog, step: int) -> dict[str
         "loss_l2": loss_l2,
         "loss_sparsity": loss_sparsity,
         **batch,
-        "dead_fraction_window": cell.window.dead_fraction(),
+        "dead_fraction_window": cell.dead_fraction(),
         "resampled": cell.resampled,
         "alpha": log.alpha,
         "lr": log.lr,
@@ -76,19 +77,29 @@ class MetricsLog:
         path: the file.
         content: what the file held at the checkpoint that the run goes on from; empty to begin anew.
         also: takes every record that is appended too.
+        writes: whether this process does; of several it is the first.
     """
 
-    def __init__(self, path: Path, content: bytes, also: Callable[[dict[str, Any]], None] | None = None) -> None:
-        self._path, self._also = path, also
-        with disk_errors(path):
-            path.write_bytes(content)
+    def __init__(
+        self,
+        path: Path,
+        content: bytes,
+        also: Callable[[dict[str, Any]], None] | None = None,
+        *,
+        writes: bool = True,
+    ) -> None:
+        self._path, self._also, self._writes = path, also, writes
+        if writes:
+            with disk_errors(path):
+                path.write_bytes(content)
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds a line."""
-        append_log(self._path, to_json(record, indent=None))
+        if self._writes:
+            append_log(self._path, to_json(record, indent=None))
         if self._also is not None:
             self._also(record)
 
     def content(self) -> bytes:
         """All lines so far, for a checkpoint."""
-        return self._path.read_bytes()
+        return self._path.read_bytes() if self._writes else b""

@@ -41,6 +41,7 @@ from nsae_cli.metrics.groups import SINKS
 from nsae_cli.sae.init import INITIAL_THRESHOLD
 from nsae_cli.sae.objective import Objective
 from nsae_cli.store.batches import HookRows, stable_seed
+from nsae_cli.training.parallel.ranks import ALONE, Ranks
 
 #: Length of a new encoder column, as a share of the living ones' mean.
 ENCODER_SHARE = 0.2
@@ -71,6 +72,8 @@ class Resampler:
         adam: of these weights.
         window: says who is dead.
         seed: of the draws.
+        ranks: the processes that train the SAE. All look at the whole batch and at all features, and so agree; each
+            writes what is its own.
     """
 
     objective: Objective
@@ -79,6 +82,7 @@ class Resampler:
     adam: Adam
     window: FiredWindow
     seed: int
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         self._count = torch.zeros((), dtype=torch.int64)
@@ -95,23 +99,24 @@ class Resampler:
         """Resamples what is dead.
 
         Args:
-            rows: the batch.
+            rows: the batch, or this process's part of it.
             x: its scaled rows [B, d].
             result: of the step on it.
             error_weight: w [B].
             step: 0-based number of the step; its update has been made.
         """
-        dead = self.window.silent()
+        dead = self.ranks.features.cat(self.window.silent())
         features = dead.nonzero()[:, 0]
         if not len(features):
             return
-        chosen = self._draw(len(features), rows, result.distance, error_weight, step).to(x.device)
+        rows, cat = self.ranks.whole_batch(rows), self.ranks.data.cat
+        chosen = self._draw(len(features), rows, cat(result.distance), cat(error_weight), step).to(x.device)
         features = features[: len(chosen)]
         if not len(features):
             return
-        self._rebuild(features, ~dead, x[chosen], result.error[chosen])
-        self.adam.forget(features)
-        self.window.revive(features)
+        own = self._rebuild(features, ~dead, cat(x)[chosen], cat(result.error)[chosen])
+        self.adam.forget(own)
+        self.window.revive(own)
         self._count += len(features)
 
     def _draw(
@@ -131,12 +136,18 @@ class Resampler:
         order = keys.argsort(descending=True, stable=True)
         return order[chance[order] > 0][:most]
 
-    def _rebuild(self, features: torch.Tensor, living: torch.Tensor, x: torch.Tensor, error: torch.Tensor) -> None:
-        """New weights of features [K] from the rows x [K, d] and their errors x̂ − x; living: bool [F]."""
+    def _rebuild(
+        self, features: torch.Tensor, living: torch.Tensor, x: torch.Tensor, error: torch.Tensor
+    ) -> torch.Tensor:
+        """New weights of features [K] from the rows x [K, d] and their errors x̂ − x; living: bool [F].
+
+        Returns:
+            Those of the features that this process has, by their number here.
+        """
         weights, bounded_acts = self.weights, not self.objective.nonlinearity.homogeneous
         columns, lengths = (
-            torch.linalg.vector_norm(weights.W_enc, dim=0),
-            torch.linalg.vector_norm(weights.W_dec, dim=1),
+            self.ranks.features.cat(torch.linalg.vector_norm(weights.W_enc, dim=0)),
+            self.ranks.features.cat(torch.linalg.vector_norm(weights.W_dec, dim=1)),
         )
         others = living if bool(living.any()) else torch.ones_like(living)
         x_hat = x + error
@@ -154,14 +165,19 @@ class Resampler:
         else:
             decoder = lengths[others].mean().expand(len(features))
             decoder = torch.minimum(decoder, gap) if bounded_acts else decoder
-        column = u * encoder[:, None]
-        weights.W_enc.index_copy_(1, features, column.t())
-        weights.W_dec.index_copy_(0, features, u * decoder[:, None])
+        column, row = u * encoder[:, None], u * decoder[:, None]
         bias = -torch.linalg.vecdot(column, x_hat)
+        if self.ranks.features.size > 1:
+            own = self.ranks.own_features(len(living))
+            here = (features >= own.start) & (features < own.stop)
+            features, column, row, bias = features[here] - own.start, column[here], row[here], bias[here]
+        weights.W_enc.index_copy_(1, features, column.t())
+        weights.W_dec.index_copy_(0, features, row)
         if weights.log_threshold is not None:
             weights.log_threshold.index_fill_(0, features, math.log(INITIAL_THRESHOLD))
             bias += INITIAL_THRESHOLD
         weights.b_enc.index_copy_(0, features, bias)
+        return features
 
     def state(self) -> dict[str, torch.Tensor]:
         """For a checkpoint."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from nsae_cli import catalogue, interrupt
+from nsae_cli import catalogue
 from nsae_cli.errors import Interrupted
 from nsae_cli.kernels.select import Choice
-from nsae_cli.kernels.types import Weights
+from nsae_cli.kernels.types import Weights, in_memory_order
 from nsae_cli.metrics.groups import SINKS
 from nsae_cli.reporter import Reporter
 from nsae_cli.sae.init import geometric_median, initialise
@@ -19,6 +19,7 @@ from nsae_cli.store.profile import HookProfile
 from nsae_cli.training.cell import Cell, make_objective
 from nsae_cli.training.l0_control import sample_rows
 from nsae_cli.training.options import CellConfig
+from nsae_cli.training.parallel.ranks import ALONE, Ranks
 from nsae_cli.training.plan import TrainPlan
 from nsae_cli.training.source import StreamKey, TrainingStream
 
@@ -75,17 +76,18 @@ def make_streams(
 
 
 def make_cells(
-    plan: TrainPlan, wave: Sequence[str], profiles: dict[str, HookProfile], kernel: Choice
+    plan: TrainPlan, wave: Sequence[str], profiles: dict[str, HookProfile], kernel: Choice, ranks: Ranks = ALONE
 ) -> dict[str, Cell]:
     """The cells of a wave with room for their weights, which `initialise_cells` or a checkpoint fills."""
     cells = {}
     d_in = plan.source.d_in
     for name in wave:
         config = plan.configs[name]
-        shapes = ((d_in, config.d_sae), (config.d_sae,), (config.d_sae, d_in), (d_in,))
+        features = config.d_sae // ranks.features.size
+        shapes = ((d_in, features), (features,), (features, d_in), (d_in,))
         weights = Weights(*(torch.zeros(shape, device=kernel.device) for shape in shapes))
         profile = profiles[config.hook]
-        cells[name] = Cell(config, make_objective(config, profile, d_in), weights, kernel, profile.norm_scale)
+        cells[name] = Cell(config, make_objective(config, profile, d_in), weights, kernel, profile.norm_scale, ranks)
     return cells
 
 
@@ -106,10 +108,13 @@ class HeldOutSample:
         plan: has the source.
         profiles: of the hooks.
         device: of training.
+        ranks: the processes that train together: each reads them all, and they stop together.
     """
 
-    def __init__(self, plan: TrainPlan, profiles: dict[str, HookProfile], device: torch.device) -> None:
-        self._source, self._profiles, self._device = plan.source, profiles, device
+    def __init__(
+        self, plan: TrainPlan, profiles: dict[str, HookProfile], device: torch.device, ranks: Ranks = ALONE
+    ) -> None:
+        self._source, self._profiles, self._device, self._ranks = plan.source, profiles, device, ranks
         self._rows: dict[str, HookRows | None] = {}
 
     def of(self, hook: str) -> HookRows | None:
@@ -127,7 +132,7 @@ class HeldOutSample:
 
     def _read(self, profile: HookProfile) -> Iterator[HookRows]:
         for rows, _ in self._source.held_out_rows(profile, INIT_ROWS):
-            if (signum := interrupt.stop_requested()) is not None:
+            if (signum := self._ranks.stop_requested()) is not None:
                 raise Interrupted(signum, "stopped while reading held-out rows")
             yield rows
 
@@ -156,5 +161,7 @@ class _Start:
             self.median * scale,
             torch.Generator().manual_seed(stable_seed("init", config.seed)),
         )
+        weights = weights.features(cell.ranks.own_features(config.d_sae))
         for target, value in zip(cell.weights.tensors(), weights.tensors(), strict=True):
             target.copy_(value)
+            cell.ranks.data.spread_(in_memory_order(target))

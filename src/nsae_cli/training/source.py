@@ -12,7 +12,7 @@ import torch
 
 from nsae_cli import catalogue
 from nsae_cli.reporter import Reporter
-from nsae_cli.store.batches import Batch, BatchStream, HookRows, held_out_rows
+from nsae_cli.store.batches import WHOLE, Batch, BatchStream, HookRows, Share, held_out_rows
 from nsae_cli.store.contexts import Contexts
 from nsae_cli.store.manifest import describe_alterations
 from nsae_cli.store.profile import HookProfile, profile_hook
@@ -134,13 +134,14 @@ class StoreSource:
     Args:
         store: the activations.
         options: of training, for the layers and the buffer.
+        share: the part of every batch that its streams yield.
 
     Raises:
         UsageError: a layer that the store does not hold.
     """
 
-    def __init__(self, store: ActivationStore, options: TrainOptions) -> None:
-        self._store = store
+    def __init__(self, store: ActivationStore, options: TrainOptions, share: Share = WHOLE) -> None:
+        self._store, self._share = store, share
         self._buffer_rows = options.buffer
         self.hooks = select_hooks(options.layers, store)
         self._contexts = Contexts(store)
@@ -203,12 +204,13 @@ class StoreSource:
         return profile_hook(self._store, hook, self._contexts)
 
     def stream(self, profiles: Sequence[HookProfile], batch_size: int, seed: int, drop_sinks: bool) -> BatchStream:
-        return BatchStream(self._store, profiles, self._contexts, batch_size, seed, self._buffer_rows, drop_sinks)
+        buffer = self._buffer_rows
+        return BatchStream(self._store, profiles, self._contexts, batch_size, seed, buffer, drop_sinks, self._share)
 
     def mixed_bytes(self, streams: Mapping[StreamKey, int]) -> int:
         manifest = self._store.manifest
         window = min(self._buffer_rows, manifest.rows) * manifest.d_in * manifest.torch_dtype.itemsize
-        return window * sum(streams.values())
+        return window * sum(streams.values()) // self._share.of
 
     def held_out_rows(self, profile: HookProfile, batch_size: int) -> Iterator[tuple[HookRows, torch.Tensor]]:
         return held_out_rows(self._store, profile, self._contexts, batch_size)

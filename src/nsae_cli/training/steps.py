@@ -18,6 +18,7 @@ from nsae_cli.training.cell_pool import CellPool
 from nsae_cli.training.checkpoint import Checkpoint, CheckpointWriter
 from nsae_cli.training.l0_control import is_compared, rows_to_compare
 from nsae_cli.training.non_finite import explain
+from nsae_cli.training.parallel.ranks import ALONE, Ranks
 from nsae_cli.training.plan import TrainPlan
 from nsae_cli.training.probe import CellProbe
 from nsae_cli.training.records import MetricsLog, step_record
@@ -42,7 +43,9 @@ class StepLoop:
         reporter: Reporter,
         held_out: HeldOutSample,
         trackers: Trackers,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
         self._held_out, self._trackers = held_out, trackers
         self._plan, self._cells, self._streams, self._probes = plan, cells, streams, probes
         self._device, self._pool, self._reporter = device, pool, reporter
@@ -65,7 +68,8 @@ class StepLoop:
             step = 0 if checkpoint is None else checkpoint.step
             artifact, config = self._plan.artifact(name), cell.config.model_dump()
             tracked = self._trackers.follow(name, artifact.name, config, step, content)
-            self._logs[name] = MetricsLog(artifact.path / "metrics.jsonl", content, tracked)
+            path = artifact.path / "metrics.jsonl"
+            self._logs[name] = MetricsLog(path, content, tracked, writes=self._ranks.leads)
         self._note_stream_states()
         if checkpoint is None:
             return 0
@@ -76,7 +80,7 @@ class StepLoop:
         """Loads what a cell goes on from; returns its metrics.jsonl. Nothing is made up for what is missing."""
         try:
             state = checkpoint.cells[name]
-            cell.load_state(state)
+            cell.load_state(self._ranks.own_state(state))
             self._streams[stream_key(cell.config)].load_state(state)
             self._probes[name].load_state(state)
             return checkpoint.logs[name]
@@ -104,11 +108,13 @@ class StepLoop:
         rows = (plan.steps - first_step) * plan.batch_size
         with self._writer, self._reporter.task("training", rows, "rows") as task:
             for step in range(first_step, plan.steps):
-                if (signum := interrupt.stop_requested()) is not None:
+                # Asked of all processes at once: they stop, and save, at the same step.
+                signum, due = self._ranks.agree(interrupt.stop_requested() or 0, self._is_due(step, first_step))
+                if signum:
                     raise self._stopped(step, signum)
                 self._writer.raise_failure()
-                if step > first_step and self._clock.due(step):
-                    self._writer.save_later(step, *self._state(step, copy=True))
+                if due:
+                    self._save(step, later=True)
                 try:
                     compared = self._rows_to_compare(step)
                     taken = self._take(batches)
@@ -116,13 +122,24 @@ class StepLoop:
                     raise self._stopped(step, stopped.signum) from stopped
                 self._step(taken, compared, step, task)
                 task.advance(plan.batch_size)
-            self._writer.save(plan.steps, *self._state(plan.steps, copy=False))
+            self._save(plan.steps)
         for name in self._cells:
             self._trackers.leave(name)
 
+    def _is_due(self, step: int, first_step: int) -> bool:
+        """Whether the first process, whose clock counts, is to save a checkpoint before `step`."""
+        return step > first_step and self._ranks.leads and self._clock.due(step)
+
+    def _save(self, step: int, *, later: bool = False) -> None:
+        """Saves a checkpoint of `step`: what all processes have, by the first; later: while training goes on."""
+        content = self._state(step, copy=later)
+        if self._ranks.leads:
+            (self._writer.save_later if later else self._writer.save)(step, *content)
+
     def _stopped(self, step: int, signum: int) -> Interrupted:
         """Saves a checkpoint of `step`; returns what is to be raised."""
-        self._writer.save(step, *self._state(step, copy=False))
+        self._save(step)
+        self._ranks.wait()  # a launcher ends all processes once one has ended
         steps = f"stopped at step {step:,} of {self._plan.steps:,}"
         return Interrupted(signum, f"{steps}, checkpoint saved; run the same command to go on")
 
@@ -161,6 +178,7 @@ class StepLoop:
                 stream = self._streams[stream_key(cell.config)]
                 self._writer.wait()
                 kept = self._plan.checkpoints.steps()
+                rows = self._ranks.whole_batch(rows)
                 raise explain(name, rows, step, partial(stream.origin, step), kept) from error
             if not is_logged(step, cell.config.steps, cell.config.probe_every):
                 return None
@@ -176,7 +194,7 @@ class StepLoop:
             task.advance(0, loss=f"{first['loss']:.4g}", l0=f"{first['l0_all'] or 0:.1f}{label}")
 
     def _state(self, step: int, *, copy: bool) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, bytes]]:
-        """By cell what a checkpoint holds, on the CPU, and its metrics.jsonl.
+        """By cell what a checkpoint holds, on the CPU, and its metrics.jsonl; nothing but in the first process.
 
         Args:
             step: steps done.
@@ -191,10 +209,7 @@ class StepLoop:
             name: cell.state() | self._stream_states[name] | self._probes[name].state()
             for name, cell in self._cells.items()
         }
-        on_cpu = {
-            cell: {name: tensor.to("cpu", copy=copy) for name, tensor in state.items()}
-            for cell, state in states.items()
-        }
+        on_cpu = {cell: self._ranks.whole_state(state, copy=copy) for cell, state in states.items()}
         return on_cpu, {name: log.content() for name, log in self._logs.items()}
 
 

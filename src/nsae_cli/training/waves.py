@@ -70,7 +70,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    configs: Mapping[str, CellConfig], d_in: int, kernel: Choice, rows_bytes: int, most: int | None
+    configs: Mapping[str, CellConfig], d_in: int, kernel: Choice, rows_bytes: int, most: int | None, parts: int = 1
 ) -> MemoryPlan:
     """Sizes of a run's parts.
 
@@ -80,11 +80,14 @@ def plan_memory(
         kernel: what they step with.
         rows_bytes: of the rows that are mixed in memory.
         most: ``--max-memory``; None takes a share of what is free.
+        parts: into how many processes the features are cut; sizes are those of one.
     """
     if most is None:
         free = free_bytes(kernel.device)
         most = None if free is None else int(_SHARE * free)
-    return MemoryPlan(most, rows_bytes, {name: cell_bytes(config, d_in, kernel) for name, config in configs.items()})
+    return MemoryPlan(
+        most, rows_bytes, {name: cell_bytes(config, d_in, kernel) // parts for name, config in configs.items()}
+    )
 
 
 def cell_bytes(config: CellConfig, d_in: int, kernel: Choice) -> int:

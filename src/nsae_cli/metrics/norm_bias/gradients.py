@@ -143,15 +143,15 @@ def group_gradient_projection(
         One number per group; None where g_b is None, or all None if g = 0.
     """
     total_sq = squared_norm(total) if total_sq is None else total_sq
-    return [None if g is None else ratio(_inner(g, total), total_sq) for g in group_gradients]
+    return [None if g is None else ratio(inner_product(g, total), total_sq) for g in group_gradients]
 
 
 def squared_norm(gradients: Mapping[str, Tensor]) -> float:
     """‖g‖² over all parameters."""
-    return _inner(gradients, gradients)
+    return inner_product(gradients, gradients)
 
 
-def _inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+def inner_product(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """Σ a·b over all parameters: along the last axis in memory in their own dtype, the rest in float64."""
     if a.keys() != b.keys():
         raise ValueError(f"gradients of {sorted(a)} cannot be compared with gradients of {sorted(b)}")
