@@ -14,7 +14,7 @@ from nsae_cli.errors import NsaeError
 from nsae_cli.interop.foreign import ForeignSae, hub_model
 from nsae_cli.lm.config import DEFAULT_CONTEXT, CollectConfig, resolve
 from nsae_cli.lm.corpus import open_corpus
-from nsae_cli.lm.layers import hook_name, parse_hook
+from nsae_cli.lm.layers import SITES, hook_name, parse_hook
 from nsae_cli.lm.loading import DTypeName, ModelInfo, choose_model_dtype, inspect_model
 from nsae_cli.lm.packing import Layout
 from nsae_cli.lm.splice import require_hook
@@ -93,18 +93,18 @@ def find_setting(found: ForeignSae, options: AuditOptions, store: ActivationStor
 
 def _hook(found: ForeignSae, options: AuditOptions) -> str:
     hook = options.hook or found.hook
-    first, last = hook_name(0, "resid_pre"), hook_name(0, "resid_post")
+    example, sites = hook_name(0, "resid_post"), ", ".join(SITES)
     if hook is None:
         raise catalogue.SOURCE_UNKNOWN(
-            f"{found.path.name} does not say where it reads; name the hook, as --hook {last}"
+            f"{found.path.name} does not say where it reads; name the hook, as --hook {example}"
         )
     if parse_hook(hook) is not None:
         return hook
     if options.hook is not None:
-        raise catalogue.OPTION_VALUE(f"--hook {hook}: expected the residual stream, {first} or {last} for any layer")
+        raise catalogue.OPTION_VALUE(f"--hook {hook}: expected {example}, for any layer and any of {sites}")
     raise catalogue.HOOK_UNSUPPORTED(
-        f"{found.path.name} reads {hook}; give an SAE of the residual stream ({first} or {last} for any layer), "
-        f"not of what attention or MLP write to it"
+        f"{found.path.name} reads {hook}; give an SAE of the residual stream or of what a block adds to it ({example}, "
+        f"for any layer and any of {sites})"
     )
 
 
@@ -157,7 +157,7 @@ def _in_text(found: ForeignSae, options: AuditOptions, hook: str) -> Setting:
 
 
 def _require_fit(found: ForeignSae, info: ModelInfo, hook: str) -> None:
-    require_hook(hook, info.n_layers, info.name)
+    require_hook(hook, info.n_layers, info.name, info.sites)
     if found.sae.d_in != info.d_model:
         raise catalogue.WIDTH_MISMATCH(
             f"{found.path.name} reads vectors of width {found.sae.d_in}, {info.name} has width {info.d_model}; "

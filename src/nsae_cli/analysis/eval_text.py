@@ -382,7 +382,7 @@ class TextResolver:
     def _check_fit(sae: str, run: Mapping[str, Any], info: ModelInfo) -> None:
         hook = str(run["hook"])
         try:
-            require_hook(hook, info.n_layers, info.name)
+            require_hook(hook, info.n_layers, info.name, info.sites)
         except ArtifactError as error:
             error.reword(lambda message: f"{sae}: {message}")
             raise

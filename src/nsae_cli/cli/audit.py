@@ -41,7 +41,7 @@ def command(
     ] = None,
     bos: Annotated[
         bool | None,
-        typer.Option("--bos/--no-bos", help="Each context starts with <|endoftext|> [default: as the SAE's]."),
+        typer.Option("--bos/--no-bos", help="Each context starts with the beginning-of-text token [default: as the SAE's]."),
     ] = None,
     top: Annotated[
         str, typer.Option(metavar="SHARE", help="Share of the tokens in the top group, and in the bottom.")

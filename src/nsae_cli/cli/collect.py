@@ -8,6 +8,7 @@ import typer
 
 from nsae_cli.cli.options import ContextsPerPass, CorpusConfig, Device, Name, Revision, Split, TextColumn, given
 from nsae_cli.cli.session import session_of
+from nsae_cli.lm.layers import SITES
 
 
 def command(
@@ -32,7 +33,11 @@ def command(
         typer.Option(metavar="all|6|0,3|0-3", help="Layers whose vectors are stored [default: the middle one]."),
     ] = None,
     site: Annotated[
-        str, typer.Option(metavar="resid_post|resid_pre", help="After or before the block.")
+        str,
+        typer.Option(
+            metavar="|".join(SITES),
+            help="After a block, before it, between attention and MLP; or what one of the two adds.",
+        ),
     ] = "resid_post",
     norms: Annotated[
         str,
@@ -46,7 +51,7 @@ def command(
         str | None, typer.Option("--context", metavar="INT", help="Tokens per context [default: 128].")
     ] = None,
     packing: Annotated[bool, typer.Option("--packing/--no-packing", help="Documents share contexts.")] = True,
-    bos: Annotated[bool, typer.Option("--bos/--no-bos", help="Each context starts with <|endoftext|>.")] = True,
+    bos: Annotated[bool, typer.Option("--bos/--no-bos", help="Each context starts with the beginning-of-text token.")] = True,
     batch_size: ContextsPerPass = None,
     dtype: Annotated[str, typer.Option(metavar="fp16|bf16|fp32", help="Storage.")] = "fp16",
     model_dtype: Annotated[
@@ -56,7 +61,7 @@ def command(
     seed: Annotated[str, typer.Option(metavar="INT", help="Recorded; collecting draws nothing at random.")] = "0",
     name: Name = None,
 ) -> None:
-    """Harvest residual-stream activations of a GPT-2.
+    """Harvest residual-stream activations of a language model.
 
     Writes activations/NAME: safetensors shards with vectors, norms, tokens, positions and documents, and manifest.json.
     """

@@ -46,7 +46,7 @@ def command(
     ] = None,
     bos: Annotated[
         bool | None,
-        typer.Option("--bos/--no-bos", help="Each context starts with <|endoftext|> [default: as trained]."),
+        typer.Option("--bos/--no-bos", help="Each context starts with the beginning-of-text token [default: as trained]."),
     ] = None,
     batch_size: ContextsPerPass = None,
     model_dtype: ModelDType = "fp32",

@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from nsae_cli import catalogue
 from nsae_cli.cli.options import Device, Name, given
 from nsae_cli.cli.session import session_of
+from nsae_cli.lm.layers import SITES
 from nsae_cli.store.workspace import Kind
 
 
@@ -145,13 +146,13 @@ def command(
     corpus_config: Annotated[str | None, _harvest("NAME", "Configuration of a hub data set.")] = None,
     split: Annotated[str | None, _harvest("NAME", "Split of a hub data set or of builtin [default: train].")] = None,
     text_column: Annotated[str | None, _harvest("NAME", "Column that holds the text [default: text].")] = None,
-    site: Annotated[str | None, _harvest("resid_post|resid_pre", "After (default) or before the block.")] = None,
+    site: Annotated[str | None, _harvest("|".join(SITES), "Where in the block [default: resid_post].")] = None,
     context_size: Annotated[str | None, _harvest("INT", "Tokens per context [default: 128].", "--context")] = None,
     packing: Annotated[
         bool | None, _harvest(None, "Documents share contexts [default: packing].", "--packing/--no-packing")
     ] = None,
     bos: Annotated[
-        bool | None, _harvest(None, "Each context starts with <|endoftext|> [default: bos].", "--bos/--no-bos")
+        bool | None, _harvest(None, "Each context starts with the beginning-of-text token [default: bos].", "--bos/--no-bos")
     ] = None,
     harvest_batch_size: Annotated[
         str | None, _harvest("INT", "Contexts per forward pass [default: by the device].")

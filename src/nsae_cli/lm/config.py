@@ -51,7 +51,7 @@ class HarvestOptions(BaseModel):
     corpus_config: str | None = Field(None, description="configuration of a hub data set")
     split: str | None = Field(None, description="split of the built-in corpus or of a hub data set")
     text_column: str | None = Field(None, description="column that holds the text (default text)")
-    site: Site = Field("resid_post", description="after or before the block")
+    site: Site = Field("resid_post", description="where in the block to read")
     context: Size | None = Field(None, ge=2, description="tokens per context (default 128)")
     packing: bool = Field(True, description="documents share contexts")
     bos: bool = Field(True, description="each context starts with <|endoftext|>")
@@ -166,6 +166,8 @@ def resolve(
         layers = parse_layers(config.layers, info.n_layers, info.name)
     except UsageError as error:
         problems.append(str(error))
+    if config.site not in info.sites:
+        problems.append(f"--site {config.site}: {info.name} has {', '.join(info.sites)} only")
     context = config.context or min(DEFAULT_CONTEXT, info.max_context)
     if context > info.max_context:
         problems.append(f"--context {context}: {info.name} reads at most {info.max_context} tokens")
