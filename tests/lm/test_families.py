@@ -137,9 +137,7 @@ def plain(model: Any, ids: Tensor) -> Tensor:
 
 def test_the_own_forward_has_the_models_logits(model: Any, own: OwnForward, ids: Tensor) -> None:
     expected = torch.stack([own.run(row.tolist()).logits for row in ids])
-    torch.testing.assert_close(
-        plain(model, ids).double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
-    )
+    torch.testing.assert_close(plain(model, ids).double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_what_is_put_back_unchanged_gives_the_bits_of_the_plain_pass(name: str, model: Any, ids: Tensor) -> None:
@@ -152,25 +150,26 @@ def test_what_is_put_back_unchanged_gives_the_bits_of_the_plain_pass(name: str, 
     assert torch.equal(plain(model, ids), expected)
 
 
+#: The blocks, and of a block the modules that write attention's and MLP's part.
+PARTS = {
+    "gpt2": ("transformer.h", "attn", "mlp"),
+    "gpt_neox": ("gpt_neox.layers", "attention", "mlp"),
+    "llama": ("model.layers", "self_attn", "mlp"),
+    "mistral": ("model.layers", "self_attn", "mlp"),
+    "qwen2": ("model.layers", "self_attn", "mlp"),
+    "qwen3": ("model.layers", "self_attn", "mlp"),
+    "gemma": ("model.layers", "self_attn", "mlp"),
+    "gemma2": ("model.layers", "post_attention_layernorm", "post_feedforward_layernorm"),
+    "gemma3_text": ("model.layers", "post_attention_layernorm", "post_feedforward_layernorm"),
+    "opt": ("model.decoder.layers", "self_attn", "fc2"),
+}
+
+
 class _Zeroed:
     """Zeros at a site by hooks written for this test, on the block's own modules and the whole model."""
 
-    #: Module that reads the middle of the stream, and those that write attention's and MLP's part.
-    PARTS = {
-        "gpt2": ("transformer.h", "attn", "mlp"),
-        "gpt_neox": ("gpt_neox.layers", "attention", "mlp"),
-        "llama": ("model.layers", "self_attn", "mlp"),
-        "mistral": ("model.layers", "self_attn", "mlp"),
-        "qwen2": ("model.layers", "self_attn", "mlp"),
-        "qwen3": ("model.layers", "self_attn", "mlp"),
-        "gemma": ("model.layers", "self_attn", "mlp"),
-        "gemma2": ("model.layers", "post_attention_layernorm", "post_feedforward_layernorm"),
-        "gemma3_text": ("model.layers", "post_attention_layernorm", "post_feedforward_layernorm"),
-        "opt": ("model.decoder.layers", "self_attn", "fc2"),
-    }
-
     def __init__(self, model: Any, model_type: str, layer: int, site: Site) -> None:
-        blocks, attn, mlp = self.PARTS[model_type]
+        blocks, attn, mlp = PARTS[model_type]
         block = model.get_submodule(f"{blocks}.{layer}")
         self._streams: list[Tensor] = []
         zero = {"attn_out": [attn], "mlp_out": [mlp]}.get(site, [])

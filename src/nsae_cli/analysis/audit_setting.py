@@ -19,7 +19,8 @@ from nsae_cli.lm.loading import DTypeName, ModelInfo, choose_model_dtype, inspec
 from nsae_cli.lm.packing import Layout
 from nsae_cli.lm.splice import require_hook
 from nsae_cli.lm.texts import Text, corpus_text, held_out_text
-from nsae_cli.lm.tokenizing import load_tokenizer
+from nsae_cli.lm.tokenizing import load_tokenizer_for
+from nsae_cli.reporter import SilentReporter
 from nsae_cli.store.manifest import describe_alterations
 from nsae_cli.store.shards import ActivationStore
 from nsae_cli.values import validate_options
@@ -30,7 +31,10 @@ _IDENTITY = (
     "text_column", "context", "bos", "model_dtype",
 )  # fmt: skip
 #: Options that collect has too.
-_OF_THE_TEXT = ("revision", "corpus", "corpus_config", "split", "text_column", "tokens", "model_dtype")
+_OF_THE_TEXT = (
+    "revision", "corpus", "corpus_config", "split", "text_column", "chat_column", "tokens_column", "tokens",
+    "model_dtype",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ def _in_text(found: ForeignSae, options: AuditOptions, hook: str) -> Setting:
     corpus = open_corpus(config.corpus_choice(info.embedded))
     device, _ = choose_device(options.device)
     resolved = resolve(config, info, corpus, device)
-    tokenizer = load_tokenizer(info)
+    tokenizer = load_tokenizer_for(corpus.content, info, SilentReporter())
     # Text that nsae trained it on is passed over; what others trained theirs on is not known.
     held_out = found.run is not None and corpus.name == found.dataset and context == found.context_size
     layout = Layout(context, True, bos, tokenizer.separator, None if held_out else resolved.row_limit)
@@ -151,7 +155,7 @@ def _in_text(found: ForeignSae, options: AuditOptions, hook: str) -> Setting:
         source="corpus",
         held_out=held_out,
         model_dtype=resolved.model_dtype,
-        identity={key: getattr(resolved, key) for key in _IDENTITY},
+        identity={key: getattr(resolved, key) for key in _IDENTITY} | corpus.other_column,
         warnings=warnings,
     )
 
@@ -188,7 +192,9 @@ def _changed(found: ForeignSae, context: int | None, bos: bool | None) -> list[s
         changes.append(f"it does not say on which context length it was trained; {context} is used here")
     if found.prepend_bos is not None and bos is not None and bos != found.prepend_bos:
         own, here = ("with", "without") if found.prepend_bos else ("without", "with")
-        changes.append(f"it was trained {own} <|endoftext|> at the start of each context and is measured {here}")
+        changes.append(
+            f"it was trained {own} the beginning-of-text token at the start of each context and is measured {here}"
+        )
     return changes
 
 

@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from nsae_cli.cli.options import ContextsPerPass, CorpusConfig, Device, Name, Revision, Split, TextColumn, given
+from nsae_cli.cli.options import (
+    ChatColumn,
+    ContextsPerPass,
+    CorpusConfig,
+    Device,
+    Name,
+    Revision,
+    Split,
+    TextColumn,
+    TokensColumn,
+    given,
+)
 from nsae_cli.cli.session import session_of
 from nsae_cli.lm.layers import SITES
 
@@ -28,6 +39,8 @@ def command(
     corpus_config: CorpusConfig = None,
     split: Split = None,
     text_column: TextColumn = None,
+    chat_column: ChatColumn = None,
+    tokens_column: TokensColumn = None,
     layers: Annotated[
         str | None,
         typer.Option(metavar="all|6|0,3|0-3", help="Layers whose vectors are stored [default: the middle one]."),
@@ -51,7 +64,9 @@ def command(
         str | None, typer.Option("--context", metavar="INT", help="Tokens per context [default: 128].")
     ] = None,
     packing: Annotated[bool, typer.Option("--packing/--no-packing", help="Documents share contexts.")] = True,
-    bos: Annotated[bool, typer.Option("--bos/--no-bos", help="Each context starts with the beginning-of-text token.")] = True,
+    bos: Annotated[
+        bool, typer.Option("--bos/--no-bos", help="Each context starts with the beginning-of-text token.")
+    ] = True,
     batch_size: ContextsPerPass = None,
     dtype: Annotated[str, typer.Option(metavar="fp16|bf16|fp32", help="Storage.")] = "fp16",
     model_dtype: Annotated[

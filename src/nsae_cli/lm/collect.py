@@ -25,11 +25,12 @@ from nsae_cli.lm.corpus import Corpus, open_corpus, refuse_output_in_corpus
 from nsae_cli.lm.harvest import HarvestedBatch, Harvester, HarvestSpec
 from nsae_cli.lm.layers import hook_name
 from nsae_cli.lm.loading import DTYPE_NAMES, DTypeName, ModelInfo, inspect_model, load_model
-from nsae_cli.lm.packing import Context, Layout, Packer
+from nsae_cli.lm.packing import Context, Packer
 from nsae_cli.lm.plan import Plan, check_space, duration_text, make_plan, size_text
 from nsae_cli.lm.quiet import quiet_libraries
+from nsae_cli.lm.records import holds_something
 from nsae_cli.lm.shard_buffer import ShardBuffer
-from nsae_cli.lm.tokenizing import TextTokenizer, load_tokenizer
+from nsae_cli.lm.tokenizing import DocumentTokenizer, load_tokenizer_for
 from nsae_cli.reporter import Reporter
 from nsae_cli.store.manifest import MANIFEST, Manifest, read_manifest
 from nsae_cli.store.shards import StoreWriter, describe_changes, unneeded_files
@@ -88,7 +89,7 @@ def collect(config: CollectConfig, workspace: Workspace, reporter: Reporter) -> 
             # Looked at again: another process may have completed it just now.
             if (found := _complete(artifact, options, reporter)) is not None:
                 return found
-            tokenizer = load_tokenizer(info)
+            tokenizer = load_tokenizer_for(corpus.content, info, reporter)
             plan = _plan(resolved, info, corpus, tokenizer)
             free = check_space(plan, artifact.path)
             reporter.note(f"{name}: {_plan_text(plan)}, {size_text(free)} free")
@@ -125,16 +126,16 @@ def _require_same_options(name: str, manifest: Manifest, options: dict[str, Any]
         )
 
 
-def _plan(resolved: ResolvedConfig, info: ModelInfo, corpus: Corpus, tokenizer: TextTokenizer) -> Plan:
+def _plan(resolved: ResolvedConfig, info: ModelInfo, corpus: Corpus, tokenizer: DocumentTokenizer) -> Plan:
     """Plans from the corpus's first documents, which also shows now whether it can be read at all."""
     documents = _until_stopped(corpus.documents())
     # How many tokens its text makes is asked only where the size of its text is known.
     sample = list(itertools.islice(documents, 1 if corpus.text_bytes is None else _SAMPLE_DOCUMENTS))
-    if not any(text.strip() for text in itertools.chain(sample, documents)):
+    if not any(holds_something(document) for document in itertools.chain(sample, documents)):
         raise catalogue.CORPUS_EMPTY(f"corpus {corpus.name} is empty: it holds no text; give another --corpus")
-    sample = [text[:_SAMPLE_CHARACTERS] for text in sample]
+    sample = [document[:_SAMPLE_CHARACTERS] if isinstance(document, str) else document for document in sample]
     token_ids = [ids for batch in tokenizer.encode_batches(sample) for ids in batch]
-    sample_bytes = sum(len(text.encode("utf-8")) for text in sample)
+    sample_bytes = sum(len(document.encode("utf-8")) for document in sample if isinstance(document, str))
     return make_plan(resolved, info, corpus.text_bytes, token_ids, sample_bytes)
 
 
@@ -152,7 +153,7 @@ class _Job:
     resolved: ResolvedConfig
     info: ModelInfo
     corpus: Corpus
-    tokenizer: TextTokenizer
+    tokenizer: DocumentTokenizer
     plan: Plan
     device: torch.device
 
@@ -171,9 +172,7 @@ class _Job:
     def packer(self) -> Packer:
         """The rules by which documents become contexts."""
         resolved = self.resolved
-        return Packer(
-            Layout(resolved.context, resolved.packing, resolved.bos, self.tokenizer.separator, resolved.row_limit)
-        )
+        return Packer(resolved.layout(self.tokenizer.separator, resolved.row_limit))
 
 
 def _run(job: _Job, artifact: Artifact, reporter: Reporter) -> Manifest:
@@ -290,7 +289,7 @@ def _description(job: _Job, packer: Packer) -> dict[str, Any]:
         "revision": info.revision,
         "n_layers": info.n_layers,
         "model_type": info.model_type,
-        "tokenizer": job.tokenizer.identity,
+        "tokenizer": job.tokenizer.identity_for(job.corpus.content),
         "special_token_ids": job.tokenizer.special_token_ids,
         "corpus": job.corpus.identity,
         "site": resolved.site,
@@ -321,7 +320,9 @@ def _summary(job: _Job, manifest: Manifest, packer: Packer) -> str:
     if limit is not None and manifest.rows <= limit - job.resolved.context:
         text += f" (the corpus ended before {limit:,})"
     if packer.dropped_tokens:
-        text += f", {packer.dropped_tokens:,} tokens at the corpus's end dropped (no whole context)"
+        where = "behind --context" if packer.layout.rows_are_contexts else "at the corpus's end"
+        why = "" if packer.layout.rows_are_contexts else " (no whole context)"
+        text += f", {packer.dropped_tokens:,} tokens {where} dropped{why}"
     if packer.dropped_documents:
         text += f", {packer.dropped_documents:,} documents without a row"
     return text

@@ -1,9 +1,9 @@
 """Contexts → residual vectors and their norms, the forward stopped after the deepest wanted layer.
 
 The model runs its own `forward`; hooks on its modules (`ports`) read what passes by, and an exception ends the pass
-once the deepest wanted residual has been read. So nothing of the architecture is repeated here, no later block, final LayerNorm
-or logit is computed, and ``resid_post`` of the last block is what the block returns (`hidden_states[-1]` is that after
-the final norm).
+once the deepest wanted residual has been read. So nothing of the architecture is repeated here, no later block, final
+norm or logit is computed, and ``resid_post`` of the last block is what the block returns (`hidden_states[-1]` is that
+after the final norm).
 """
 
 from __future__ import annotations

@@ -59,12 +59,12 @@ def probe_sinks(
         seed: of the other first tokens.
 
     Returns:
-        For each hook, ready for JSON: for ``as_is``, ``bos`` (the beginning-of-text token first), ``other_token`` (several random
-        ordinary tokens) and ``other_position`` (embeddings of several other positions) the median norms ``position0``
-        and ``elsewhere`` and their ``ratio``; ``kept_other_token`` and ``kept_other_position``, the share of the
-        excess (ratio - 1) that the change leaves; and ``verdict``: ``position`` or ``token`` (only changing that one
-        removes the sink), ``both`` (either change removes it), ``neither`` (it survives both), null where there is no
-        sink as it is.
+        For each hook, ready for JSON: for ``as_is``, ``bos`` (the beginning-of-text token first), ``other_token``
+        (several random ordinary tokens) and ``other_position`` (embeddings of several other positions) the median norms
+        ``position0`` and ``elsewhere`` and their ``ratio``; ``kept_other_token`` and ``kept_other_position``, the share
+        of the excess (ratio - 1) that the change leaves; and ``verdict``: ``position`` or ``token`` (only changing that
+        one removes the sink), ``both`` (either change removes it), ``neither`` (it survives both), null where there is
+        no sink as it is.
 
     Raises:
         Interrupted: a signal asked to stop.

@@ -1,7 +1,8 @@
 """A causal language model's logits with other values in its residual stream, or in what a block adds to it.
 
 A hook (`ports`) puts the values in while the model's own `forward` does everything else (masks, final norm, head). So
-nothing of the architecture is repeated here, and a residual that is put back unchanged gives the bits of the plain pass.
+nothing of the architecture is repeated here, and a residual that is put back unchanged gives the bits of the plain
+pass.
 
 At the sites of the residual stream nothing before the hook matters, and so nothing before it is computed: for the
 duration of the pass the blocks there are replaced by `_Emit`, which returns what it was given, whatever comes in. They
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +35,11 @@ class _Emit(nn.Module):
 
     def forward(self, *inputs: Any, **options: Any) -> Tensor:
         return self._residual
+
+
+def _in_shape_of(value: Tensor, passing: Tensor) -> Tensor:
+    """OPT's MLP works on rows without a batch."""
+    return value.reshape(passing.shape)
 
 
 class Splicer:
@@ -107,9 +114,8 @@ class Splicer:
             puts = [("resid_pre", emitted), ("attn_out", value)]
         with contextlib.ExitStack() as undo:
             for site, put in puts:
-                # OPT's MLP works on rows without a batch.
                 port = port_of(block, self._family, site)
-                undo.callback(port.on_pass(lambda passing, put=put: put.reshape(passing.shape)).remove)
+                undo.callback(port.on_pass(partial(_in_shape_of, put)).remove)
             if replaced:
                 undo.enter_context(self._blocks_replaced([_Emit(emitted)] * replaced + self._blocks[replaced:]))
             yield
