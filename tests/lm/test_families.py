@@ -12,7 +12,7 @@ from own_forward import OwnForward, own_forward
 from tiny_models import MAX_CONTEXT, N_LAYERS, TINY, VOCABULARY
 from torch import Tensor
 
-from nsae_cli.errors import ArtifactError
+from nsae_cli.errors import ArtifactError, UsageError
 from nsae_cli.lm.families import FAMILIES
 from nsae_cli.lm.harvest import HarvestedBatch, Harvester, HarvestSpec, ResidualReader
 from nsae_cli.lm.layers import SITES, Site, hook_name
@@ -231,6 +231,28 @@ def test_a_saved_model_is_read_as_it_was(name: str, model: Any, tmp_path: Path, 
         for layer in LAYERS:
             expected = Splicer(model, info.family, hook_name(layer, site)).residual(ids)
             torch.testing.assert_close(taken[layer], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_the_language_model_of_one_that_reads_images(tmp_path: Path, ids: Tensor) -> None:
+    """The way that docs/models.md shows."""
+    import transformers
+
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    text = transformers.Gemma3TextConfig(**{**TINY["gemma3"].options, "tie_word_embeddings": True})
+    config = transformers.Gemma3Config(
+        text_config=text.to_dict(), vision_config={**vision, "image_size": 8, "patch_size": 4}, mm_tokens_per_image=4
+    )
+    torch.manual_seed(0)
+    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "whole")
+    with pytest.raises(UsageError, match="'gemma3' reads more than text"):
+        inspect_model(str(tmp_path / "whole"))
+
+    whole = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "whole")
+    whole.model.language_model.save_pretrained(tmp_path / "text")
+    info = inspect_model(str(tmp_path / "text"))
+    assert info.model_type == "gemma3_text"
+    loaded = load_model(info, CPU, torch.float32, with_head=True)
+    torch.testing.assert_close(plain(loaded, ids), plain(whole.eval(), ids), rtol=1e-5, atol=1e-5)
 
 
 def test_effect_on_the_logits_is_the_change_of_the_models_own(name: str, model: Any) -> None:

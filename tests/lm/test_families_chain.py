@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_gpt2 import build_tokenizer
 from tiny_models import TINY
 
 from command import nsae
@@ -56,6 +57,23 @@ def test_from_a_model_to_features(family: str, site: str, dtype: str, text: Path
     # The whole text is one window and one shard, so both saw the same rows in the same order.
     one, two = (load_file(runs / "saes" / name / "sae_weights.safetensors") for name in ("sae", "live"))
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_values_too_large_for_fp16(text: Path, tmp_path: Path) -> None:
+    """Gemma multiplies its embeddings by √d_model, and its residuals outgrow fp16."""
+    model = TINY["gemma"].build()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1e5)
+    model.save_pretrained(tmp_path / "gemma")
+    build_tokenizer().save_pretrained(tmp_path / "gemma")
+    collect = (
+        "--workspace", tmp_path / "runs", "collect", "--model", tmp_path / "gemma", "--corpus", text, "--context", 16,
+        "--tokens", "1k", "--device", "cpu",
+    )  # fmt: skip
+    outcome = nsae(*collect)
+    assert outcome.code == 5
+    assert "is too large for fp16 (at most 65,504); use --dtype bf16" in outcome.message
+    assert nsae(*collect, "--dtype", "bf16").code == 0
 
 
 def test_what_a_model_does_not_have(text: Path, tmp_path: Path) -> None:

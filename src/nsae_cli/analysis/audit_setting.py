@@ -192,9 +192,7 @@ def _changed(found: ForeignSae, context: int | None, bos: bool | None) -> list[s
         changes.append(f"it does not say on which context length it was trained; {context} is used here")
     if found.prepend_bos is not None and bos is not None and bos != found.prepend_bos:
         own, here = ("with", "without") if found.prepend_bos else ("without", "with")
-        changes.append(
-            f"it was trained {own} the beginning-of-text token at the start of each context and is measured {here}"
-        )
+        changes.append(f"it was trained {own} the BOS token at the start of each context and is measured {here}")
     return changes
 
 

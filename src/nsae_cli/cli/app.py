@@ -45,7 +45,7 @@ Four steps, each on the newest result of the one before (mini needs no network):
 # Plain help: rich's boxes cut option values short and swallow everything in square brackets.
 app = typer.Typer(
     name="nsae",
-    help="Train sparse autoencoders on a GPT-2's residual stream and measure what high-norm tokens do to them.",
+    help="Train sparse autoencoders on a language model's activations; measure what high-norm tokens do to them.",
     epilog=_CHAIN,
     invoke_without_command=True,
     add_completion=False,
