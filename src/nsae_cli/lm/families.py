@@ -62,7 +62,7 @@ class Family:
             config: the model's configuration.
         """
         if self.norm_first is not None and not getattr(config, self.norm_first):
-            return ("resid_pre", "resid_post")
+            return ("resid_post", "resid_pre")
         if self.parallel is not None and getattr(config, self.parallel):
             return tuple(site for site in SITES if site != "resid_mid")
         return SITES
