@@ -21,8 +21,9 @@ import torch
 import nsae_cli
 from nsae_cli.kernels.calibration import machine
 from nsae_cli.reporter import SilentReporter
-from nsae_cli.store.shards import ActivationStore, StoreWriter, open_activations
+from nsae_cli.store.shards import ActivationStore, open_activations
 from nsae_cli.store.workspace import Workspace
+from nsae_cli.store.writer import StoreWriter
 from nsae_cli.training.loop import train
 from nsae_cli.training.options import TrainOptions
 from nsae_cli.training.source import StoreSource

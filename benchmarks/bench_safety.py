@@ -5,11 +5,13 @@
 - ``collect``: `mini` (the fastest model there is, so that the share is the largest) and a random GPT-2 small, as they
   are, against the same without fsync and without SHA-256.
 - ``first read``: one epoch of `train` on a store whose tensors have to be hashed, against one whose hashes are known.
+- ``first analysis``: `analyze-top-norms` on a store that nobody has read yet, against one whose hashes are known. It
+  uses a twentieth of the rows, so that hashing all of them weighs most here; the next shard is hashed in a thread.
 - ``checkpoint``: `train` with a checkpoint every few steps against none; the time of one, and its share where one is
   saved every five minutes, as by default. Beside it the time for which a step waits (the copy of weights and moments).
 
 Sides alternate within a round; rows of `data/safety.csv` hold medians over rounds. A share is the median of
-(with − without) / without of each round. Goals: 3 % for collect and for the first read, 2 % for checkpoints.
+(with − without) / without of each round. Goals: 3 % for collect and for first reads, 2 % for checkpoints.
 """
 
 from __future__ import annotations
@@ -28,14 +30,16 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import nsae_cli
+from nsae_cli.analysis.top_norms_artifact import TopNormsOptions, run_top_norms
 from nsae_cli.assets import model_dir
 from nsae_cli.experiment.train import TrainCommandOptions, choose_source
 from nsae_cli.lm.collect import collect
 from nsae_cli.lm.config import CollectConfig
 from nsae_cli.reporter import SilentReporter
 from nsae_cli.store import commit
-from nsae_cli.store.shards import VERIFIED, StoreWriter
+from nsae_cli.store.verified import VERIFIED
 from nsae_cli.store.workspace import Artifact, Kind, Workspace
+from nsae_cli.store.writer import StoreWriter
 from nsae_cli.training.checkpoint import CheckpointWriter
 from nsae_cli.training.loop import train
 from nsae_cli.training.steps import StepLoop
@@ -87,13 +91,13 @@ def random_gpt2_small(folder: Path) -> str:
     return str(folder)
 
 
-def write_store(workspace: Workspace, rows: int) -> Artifact:
+def write_store(workspace: Workspace, rows: int, name: str = "s", shards: int = 4) -> Artifact:
     """Random rows of GPT-2 small's width."""
-    artifact = Artifact(Kind.ACTIVATIONS, "s", workspace.folder(Kind.ACTIVATIONS, "s"))
+    artifact = Artifact(Kind.ACTIVATIONS, name, workspace.folder(Kind.ACTIVATIONS, name))
     writer = StoreWriter(artifact.path, {})
     generator = torch.Generator().manual_seed(0)
-    for index in range(4):
-        x = torch.randn(rows // 4, D_IN, generator=generator).half()
+    for index in range(shards):
+        x = torch.randn(rows // shards, D_IN, generator=generator).half()
         writer.write(index, {HOOK: x, "norms": x.float().norm(dim=1)[:, None]}, nonfinite_rows=0)
     writer.finish({"hooks": [HOOK], "norm_hooks": [HOOK], "d_in": D_IN, "dtype": "float16"})
     return artifact
@@ -126,6 +130,14 @@ class Training:
         options = TrainCommandOptions.model_validate(self._options | {"checkpoint_every": checkpoint_every})
         source = choose_source(options, self._store, self._workspace)
         return seconds(lambda: train(options, source, self._workspace, f"r{self._runs}", SilentReporter()))
+
+
+def analysis_seconds(workspace: Workspace, store: Artifact, *, hashed: bool) -> float:
+    """`analyze-top-norms` of the SAE ``r1`` under a new name; hashed: nothing is known of its store."""
+    if hashed:
+        (store.path / VERIFIED).unlink(missing_ok=True)
+    name = f"t{len(list(workspace.complete(Kind.TOP_NORMS)))}"
+    return seconds(lambda: run_top_norms(["r1"], store.name, TopNormsOptions(), workspace, name, SilentReporter()))
 
 
 @contextlib.contextmanager
@@ -195,6 +207,14 @@ def main() -> None:
         training = Training(workspace, write_store(workspace, arguments.rows), 6144, arguments.rows)
         pairs = alternate(lambda: training.seconds(hashed=True), training.seconds, arguments.rounds)
         record("first read", f"d_sae 6144, {arguments.rows} rows", pairs, median_share(pairs), "")
+        store = write_store(workspace, 16 * arguments.rows, "large", shards=16)
+        pairs = alternate(
+            lambda: analysis_seconds(workspace, store, hashed=True),
+            lambda: analysis_seconds(workspace, store, hashed=False),
+            arguments.rounds,
+        )
+        setting = f"d_sae 6144, {16 * arguments.rows} rows"
+        record("first analysis", setting, pairs, median_share(pairs), "")
         every, steps = 2, arguments.rows // 2048
         with waits() as waited:
             pairs = alternate(lambda: training.seconds(checkpoint_every=str(every)), training.seconds, arguments.rounds)

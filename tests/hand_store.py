@@ -63,7 +63,7 @@ def write_foreign(folder: Path, rows: Rows, shard_rows: list[int], **changes: An
 
 def write_full(folder: Path, rows: Rows, shard_rows: list[int]) -> Path:
     """A store with positions, tokens, documents, norms and hashes, through nsae's own writer."""
-    from nsae_cli.store.shards import StoreWriter
+    from nsae_cli.store.writer import StoreWriter
 
     writer = StoreWriter(folder, {"tokens": sum(shard_rows)})
     try:

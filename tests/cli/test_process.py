@@ -100,7 +100,7 @@ plan.MAX_SHARD_ROWS = 4096
 _INTERRUPTED_COLLECTION = (
     _SMALL_SHARDS
     + """
-from nsae_cli.store.shards import StoreWriter
+from nsae_cli.store.writer import StoreWriter
 write = StoreWriter.write
 def interrupted(self, index, *rest, **named):
     write(self, index, *rest, **named)

@@ -114,7 +114,7 @@ def test_repair_lets_the_same_command_make_an_artifact_again(workspace: Path, ki
 
 def test_only_the_damaged_shard_of_a_store_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nsae_cli.lm import plan
-    from nsae_cli.store.shards import StoreWriter
+    from nsae_cli.store.writer import StoreWriter
 
     monkeypatch.setattr(plan, "MAX_SHARD_BYTES", 200_000)
     assert nsae("--workspace", tmp_path, *COLLECT).code == 0

@@ -43,7 +43,7 @@ def half_files(prepared: Prepared, workspace: Path) -> list[str]:
         if "/checkpoints/" in path:
             if name == "files.json":
                 problems += _damaged_checkpoint(workspace / path)
-        elif name in _GROWING:
+        elif name in _GROWING or name.startswith("progress-"):
             if name == "metrics.jsonl" and (workspace / path).with_name(_MARKS[name]).exists():
                 problems += [] if content == prepared.whole[path] else [f"{path} is not whole beside its run.json"]
         elif content != prepared.whole.get(path):

@@ -84,7 +84,9 @@ def kill_at_random_times(
     resuming: bool = False,
     verify: bool = True,
 ) -> Tally:
-    """kill -9 from outside, at a moment drawn evenly from the time that the command takes.
+    """kill -9 from outside, at a moment drawn evenly from the time that the command takes, until `trials` have met it.
+
+    A trial whose command ends before its kill is counted and drawn again, from the time that the command then took.
 
     Args:
         deaths: how often in a row, each time in the time that is left.
@@ -94,19 +96,26 @@ def kill_at_random_times(
     tally = Tally(what + (" while going on" if resuming else ""), prepared.stage.name)
     draw = random.Random(seed)
     halfway = len(prepared.undisturbed.operations) // 2
-    for number in range(trials):
+    longest = [prepared.undisturbed.seconds] * deaths
+    while tally.tried < trials:
         workspace = prepared.begin(folder)
         runs, moments = [], []
         if resuming:
             runs.append(server.run(prepared.trial(workspace, fault={"at": halfway, "how": "kill"})))
-        for _ in range(deaths):
-            moments.append(draw.uniform(0, prepared.undisturbed.seconds))
+        for death in range(deaths):
+            moments.append(draw.uniform(0, longest[death]))
             runs.append(server.run(prepared.trial(workspace, kill_after=moments[-1])))
-            tally.counts["killed"] += runs[-1].killed
-            tally.counts["done before the kill"] += runs[-1].code == 0
-        problems = [f"run {one.describe()}" for one in runs if not one.killed and one.code != 0]
-        problems += _survives(server, prepared, workspace, runs, tally, verify)
-        tally.add(f"trial {number} at {moments} s", problems)
+            if not runs[-1].killed:
+                break
+        if (last := runs[-1]).code == 0:
+            tally.counts["drawn again: done before the kill"] += 1
+            longest[len(moments) - 1] = min(longest[len(moments) - 1], last.seconds)
+            if problems := checks.differences(prepared, workspace):
+                tally.add(f"done before {moments} s", problems)
+        else:
+            problems = [] if last.killed else [f"run {last.describe()}"]
+            problems += _survives(server, prepared, workspace, runs, tally, verify)
+            tally.add(f"trial at {moments} s", problems)
         shutil.rmtree(workspace)
     return tally
 

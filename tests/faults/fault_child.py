@@ -27,12 +27,12 @@ PHASES: dict[str, list[tuple[str, str]]] = {
     "train step": [("nsae_cli.training.cell", "Cell.train_step")],
     "evaluation": [("nsae_cli.training.evaluate", "_TrainingUnits.gradient_norms")],
     "checkpoint write": [("nsae_cli.training.checkpoint", "Checkpoints.save")],
-    "finalise": [("nsae_cli.training.finish", "write_sae"), ("nsae_cli.store.shards", "StoreWriter.finish")],
+    "finalise": [("nsae_cli.training.finish", "write_sae"), ("nsae_cli.store.writer", "StoreWriter.finish")],
 }
 #: Functions whose calls are written to the log of events, with the number of the step or shard.
 WORK = {
     "step": ("nsae_cli.training.cell", "Cell.train_step", 2),
-    "shard": ("nsae_cli.store.shards", "StoreWriter._commit_shard", 1),
+    "shard": ("nsae_cli.store.writer", "StoreWriter._commit_shard", 1),
 }
 
 

@@ -33,8 +33,9 @@ from nsae_cli.analysis.verify import verify
 from nsae_cli.errors import NsaeError
 from nsae_cli.experiment.config import load_config
 from nsae_cli.reporter import SilentReporter
+from nsae_cli.store.progress import PROGRESS, progress_text, recover_progress
 from nsae_cli.store.sae_folder import load_sae
-from nsae_cli.store.shards import PROGRESS, open_activations, progress_text, recover_progress
+from nsae_cli.store.shards import open_activations
 from nsae_cli.store.workspace import Artifact, Kind, Workspace
 from nsae_cli.training.checkpoint import Checkpoints
 from nsae_cli.training.loop import train

@@ -34,6 +34,7 @@ import signals
 import stages as stages_module
 import state_items
 import torture_table
+import workers
 from forked import Server
 from stages import Prepared, Stages
 from tally import Tally
@@ -167,6 +168,15 @@ def _races(server: Server, stages: Stages, folder: Path) -> list[Tally]:
     ]
 
 
+def _workers(server: Server, stages: Stages, folder: Path) -> list[Tally]:
+    collect = stages.get("collect")
+    worlds = [(first, second) for first in range(1, 5) for second in range(1, 5) if first != second]
+    return [
+        workers.die_at_every_operation(server, collect, folder, world=3),
+        workers.go_on_in_another_world(server, collect, folder, worlds),
+    ]
+
+
 def parts() -> dict[str, Part]:
     """Every part by its name, the long ones first so that two at a time end about together."""
     found: dict[str, Part] = {}
@@ -181,7 +191,7 @@ def parts() -> dict[str, Part]:
     found |= {
         "torn-log": _torn_log, "signals": _signals, "more-signals": _more_signals, "races": _races, "items": _items,
         "small-disks": _small_disks, "file-sizes": _file_sizes, "order": _order, "clock": _clock,
-        "broken-reads": _broken_reads,
+        "broken-reads": _broken_reads, "workers": _workers,
     }  # fmt: skip
     return found
 

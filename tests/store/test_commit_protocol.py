@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from hand_store import make_rows, write_full
 from nsae_cli.errors import ArtifactError, ResourceError
 from nsae_cli.store import commit
-from nsae_cli.store.shards import PROGRESS, open_activations
+from nsae_cli.store.progress import PROGRESS
+from nsae_cli.store.shards import open_activations
 
 
 class Fault:

@@ -15,7 +15,8 @@ from nsae_cli import open_activations
 from nsae_cli.errors import ArtifactError, NumericalError
 from nsae_cli.store.contexts import Contexts
 from nsae_cli.store.profile import profile_hook
-from nsae_cli.store.shards import ActivationStore, StoreWriter
+from nsae_cli.store.shards import ActivationStore
+from nsae_cli.store.writer import StoreWriter
 from sealed_json import edit_json
 
 SHARDS = [16, 0, 24]

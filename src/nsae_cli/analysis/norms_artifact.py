@@ -80,13 +80,13 @@ def _measure(
     store: ActivationStore, options: NormsOptions, folder: Path, figures: list[Path], reporter: Reporter
 ) -> dict[str, Any]:
     """Measures, draws and writes; returns norms.json."""
-    commit.make_folder(folder)
-    commit.remove_leftovers(folder)
     say_what_is_missing(store, reporter)
     reporter.note(f"measuring norms at {len(store.manifest.norm_hooks or store.manifest.hooks)} hooks of {store.name}")
     probe = probe_store(store, options.model, options.device, reporter) if options.probe else None
     result = measure_norms(store, token_text(store.manifest, reporter), probe)
     arrays = {key: tensor.numpy() for key, tensor in result.tensors.items()}
+    commit.make_folder(folder)
+    commit.remove_leftovers(folder)
     save_png(norm_heatmap(result.document, arrays["counts"], arrays["edges"]), figures[0])
     if store.has_positions:
         apart = norm_heatmap_position0(result.document, arrays["counts"], arrays["edges"], arrays["position0_counts"])

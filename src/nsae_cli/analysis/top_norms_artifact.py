@@ -122,13 +122,13 @@ def _analyse(
             f"--name {name} holds another analysis ({_difference(document, wanted)}); choose another --name"
         )
     with workspace.writing(folder, reporter):
-        commit.make_folder(folder)
-        commit.remove_leftovers(folder)
         say_what_is_missing(store, reporter)
         text = token_text(store.manifest, reporter)
         result = analyze_top_norms(saved, sae.name, store, options.top, options.rows, text, reporter)
         result.document["options"] = wanted["options"]
         arrays = {key: tensor.numpy() for key, tensor in result.tensors.items()}
+        commit.make_folder(folder)
+        commit.remove_leftovers(folder)
         save_png(l0_histogram(arrays, result.document), figures[0])
         save_png(l1_histogram(arrays, result.document), figures[1])
         document = write_top_norms(folder, result)

@@ -19,7 +19,7 @@ from nsae_cli.reporter import Reporter
 from nsae_cli.store import commit
 from nsae_cli.store.findings import Check, Finding
 from nsae_cli.store.manifest import MANIFEST
-from nsae_cli.store.shards import PROGRESS
+from nsae_cli.store.progress import PROGRESS, progress_files
 from nsae_cli.store.verify import StoreCheck, check_store, config_of, drop_damaged_shards
 from nsae_cli.store.workspace import Kind, Workspace
 from nsae_cli.training.checkpoint import BEGUN
@@ -183,7 +183,7 @@ def _of_path(path: Path, workspace: Workspace) -> list[_Target]:
     if not os.path.isdir(path):  # False too for what can be no name of a file, such as one too long
         return []
     kinds = [kind for kind in Kind if (path / kind.mark).exists()]
-    if (path / PROGRESS).exists():
+    if progress_files(path):
         kinds = [Kind.ACTIVATIONS]
     elif not kinds and ((path / CHECKPOINTS).is_dir() or (path / GROUP).exists() or _cells(path)):
         kinds = [Kind.SAE]
@@ -230,10 +230,13 @@ def _repair_store(result: Verified, store: StoreCheck) -> None:
             f"{'is' if number == 1 else 'are'} made anew",
         ]
         return
-    _set_aside(folder, MANIFEST if (folder / MANIFEST).exists() else PROGRESS, result)
+    damaged = {finding.file for finding in result.findings if finding.level == "damaged"}
+    records = [path.name for path in progress_files(folder) if path.name in damaged]
+    for name in [MANIFEST] if (folder / MANIFEST).exists() else records:
+        _set_aside(folder, name, result)
     result.repaired.append(
         f"run the command that made it again (nsae collect or alter, --name {result.name}): without the hashes in that "
-        f"file no shard can be trusted, all are made anew"
+        f"file no shard of it can be trusted, all are made anew"
     )
 
 

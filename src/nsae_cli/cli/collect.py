@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,8 +18,12 @@ from nsae_cli.cli.options import (
     TokensColumn,
     given,
 )
-from nsae_cli.cli.session import session_of
+from nsae_cli.cli.session import Session, session_of
 from nsae_cli.lm.layers import SITES
+
+if TYPE_CHECKING:
+    from nsae_cli.launch import Placement
+    from nsae_cli.lm.config import CollectConfig
 
 
 def command(
@@ -74,6 +78,13 @@ def command(
     ] = "auto",
     device: Device = "auto",
     seed: Annotated[str, typer.Option(metavar="INT", help="Recorded; collecting draws nothing at random.")] = "0",
+    worker: Annotated[
+        str,
+        typer.Option(metavar="auto|off|I/N", help="Which of N processes this is; auto: as torchrun or srun says."),
+    ] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would take (rows, bytes, time) and write nothing.")
+    ] = False,
     name: Name = None,
 ) -> None:
     """Harvest residual-stream activations of a language model.
@@ -81,18 +92,37 @@ def command(
     Writes activations/NAME: safetensors shards with vectors, norms, tokens, positions and documents, and manifest.json.
     """
     from nsae_cli.assets import embedded_note
-    from nsae_cli.lm.collect import collect
+    from nsae_cli.launch import worker_of
+    from nsae_cli.lm.collect import collect_share
     from nsae_cli.lm.config import CollectConfig
     from nsae_cli.report.store_summary import store_summary
     from nsae_cli.values import validate_options
 
     session = session_of(context)
-    values = given(context, without=("context_size",))
+    values = given(context, without=("context_size", "worker", "dry_run"))
     if context_size is not None:
         values["context"] = context_size
-    result = collect(validate_options(CollectConfig, values), session.workspace, session.reporter)
+    config = validate_options(CollectConfig, values)
+    place = worker_of(worker)
+    if dry_run:
+        if worker != "auto" or place.rank == 0:  # of a launcher's processes the first speaks for all
+            _dry_run(session, config, place)
+        return
+    result = collect_share(config, session.workspace, session.reporter, place)
+    if result is None:  # of several workers, one prints the store
+        return
     if not result.reused:  # then collect has said so
         session.say_where([result.artifact], reused=False)
     manifest = result.manifest.model_dump()
     shown = {**manifest, "embedded_note": embedded_note(manifest["model"])}
     session.finish("collect", [result.artifact], [manifest], lambda: store_summary(result.artifact.name, shown))
+
+
+def _dry_run(session: Session, config: CollectConfig, worker: Placement) -> None:
+    from nsae_cli.lm.dry_run import dry_run
+    from nsae_cli.report.plan_table import plan_table
+
+    plan = dry_run(config, session.workspace, worker)
+    if not plan["fits"]:
+        session.reporter.warn("the store does not fit on the disk")
+    session.finish_measurement("collect", plan, lambda: plan_table(plan))

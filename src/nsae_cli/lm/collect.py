@@ -1,7 +1,8 @@
 """`nsae collect`: a model and a corpus → an activation store.
 
 `collect` reads top to bottom: inspect, resolve, plan, run, describe. The run can be interrupted anywhere and goes on at
-the last durable shard when the same command is given again; a resumed store has the same bytes.
+the last durable shard when the same command is given again; a resumed store has the same bytes. `collect_share` is the
+same for one of several processes that share the work (`lm.shares`).
 """
 
 from __future__ import annotations
@@ -18,24 +19,29 @@ from typing import Any, TypeVar
 import torch
 
 from nsae_cli import catalogue, interrupt
-from nsae_cli.device import choose_device, one_thread_if_small
-from nsae_cli.errors import Interrupted
+from nsae_cli.device import one_thread_if_small
+from nsae_cli.errors import Interrupted, NsaeError
+from nsae_cli.launch import ALONE, Placement
+from nsae_cli.lm.ahead import ahead
 from nsae_cli.lm.config import CollectConfig, ResolvedConfig, resolve
 from nsae_cli.lm.corpus import Corpus, open_corpus, refuse_output_in_corpus
 from nsae_cli.lm.harvest import HarvestedBatch, Harvester, HarvestSpec
 from nsae_cli.lm.layers import hook_name
 from nsae_cli.lm.loading import DTYPE_NAMES, DTypeName, ModelInfo, inspect_model, load_model
 from nsae_cli.lm.packing import Context, Packer
-from nsae_cli.lm.plan import Plan, check_space, duration_text, make_plan, size_text
+from nsae_cli.lm.plan import Plan, check_space, make_plan, size_text
 from nsae_cli.lm.quiet import quiet_libraries
 from nsae_cli.lm.records import holds_something
-from nsae_cli.lm.shard_buffer import ShardBuffer
+from nsae_cli.lm.shard_buffer import ShardBuffer, write_shards
+from nsae_cli.lm.shares import Share, WorkerReporter, device_of, idle_text, last_word, left_to_others, shards_text
 from nsae_cli.lm.tokenizing import DocumentTokenizer, load_tokenizer_for
 from nsae_cli.reporter import Reporter
+from nsae_cli.store.lock import Turn
 from nsae_cli.store.manifest import MANIFEST, Manifest, read_manifest
-from nsae_cli.store.shards import StoreWriter, describe_changes, unneeded_files
+from nsae_cli.store.shards import describe_changes
 from nsae_cli.store.workspace import Artifact, Kind, Workspace, config_hash, log_timing
 from nsae_cli.store.writable import require_writable
+from nsae_cli.store.writer import StoreWriter, unneeded_files
 
 _SAMPLE_DOCUMENTS = 256
 _SAMPLE_CHARACTERS = 2**17
@@ -69,48 +75,114 @@ def collect(config: CollectConfig, workspace: Workspace, reporter: Reporter) -> 
         BusyError: another process is writing the store.
         Interrupted: a signal asked to stop; the same command goes on.
     """
-    with quiet_libraries():
-        device, device_reason = choose_device(config.device)
-        info = inspect_model(config.model, config.revision)
-        choice = config.corpus_choice(info.embedded)
-        refuse_output_in_corpus(choice, workspace.root)
-        corpus = open_corpus(choice)
-        resolved = resolve(config, info, corpus, device)
-        options = resolved.model_dump()
-        base = info.name.rsplit("/", 1)[-1]
-        name = config.name or f"{base}-{resolved.site}-{config_hash(options)}"
-        artifact = Artifact(Kind.ACTIVATIONS, name, workspace.folder(Kind.ACTIVATIONS, name))
+    result = _collect(config, workspace, reporter, ALONE)
+    assert result is not None  # alone it either completes the store or fails
+    return result
 
+
+def collect_share(
+    config: CollectConfig, workspace: Workspace, reporter: Reporter, worker: Placement
+) -> CollectResult | None:
+    """As `collect`, for one of several processes that share the shards of a store; none waits for another.
+
+    Returns:
+        The store, for the one worker that has completed it, or for worker 0 where it was complete before; None for all
+        others.
+
+    Raises:
+        ArtifactError: also where all that is left belongs to a worker that was killed.
+        Others as `collect`, with the worker's number in the message.
+    """
+    if worker.alone:
+        return collect(config, workspace, reporter)
+    try:
+        return _collect(config, workspace, WorkerReporter(reporter, worker), worker)
+    except NsaeError as error:
+        error.reword(lambda text: f"worker {worker}: {text}")
+        raise
+
+
+def _collect(
+    config: CollectConfig, workspace: Workspace, reporter: Reporter, worker: Placement
+) -> CollectResult | None:
+    with quiet_libraries():
+        request = inspect(config, workspace, worker)
+        resolved, artifact = request.resolved, request.artifact
+        options = resolved.model_dump()
         if (found := _complete(artifact, options, reporter)) is not None:
-            workspace.tidy(artifact.path, reporter, unneeded_files(artifact.path))
-            return found
+            workspace.tidy(artifact.path, reporter, unneeded_files(artifact.path), worker)
+            if worker.rank == 0:
+                return found
+            last_word(reporter, f"{artifact.name} is already complete")
+            return None
         require_writable(artifact.path)
-        with workspace.writing(artifact.path, reporter):
+        software = {} if worker.alone else _versions() | {"device": request.device.type}
+        with workspace.writing(artifact.path, reporter, worker, software) as turn:
             # Looked at again: another process may have completed it just now.
             if (found := _complete(artifact, options, reporter)) is not None:
-                return found
-            tokenizer = load_tokenizer_for(corpus.content, info, reporter)
-            plan = _plan(resolved, info, corpus, tokenizer)
+                return found if worker.alone else None
+            tokenizer = load_tokenizer_for(request.corpus.content, request.info, reporter)
+            plan = plan_of(request, tokenizer)
             free = check_space(plan, artifact.path)
-            reporter.note(f"{name}: {_plan_text(plan)}, {size_text(free)} free")
-            reporter.note(f"device {device_reason}, {resolved.model_dtype}")
-            manifest = _run(_Job(resolved, info, corpus, tokenizer, plan, device), artifact, reporter)
-            return CollectResult(artifact, manifest, reused=False)
+            reporter.note(f"{artifact.name}: {_plan_text(plan)}, {size_text(free)} free")
+            if idle := idle_text(plan.shards(resolved.context), worker):
+                reporter.warn(idle)
+            reporter.note(f"device {request.device_reason}, {resolved.model_dtype}")
+            job = Job(request, tokenizer, plan, worker)
+            manifest = _run(job, turn, reporter)
+            return None if manifest is None else CollectResult(artifact, manifest, reused=False)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be collected, from where, on what and into what; nothing is loaded yet."""
+
+    resolved: ResolvedConfig
+    info: ModelInfo
+    corpus: Corpus
+    device: torch.device
+    device_reason: str
+    artifact: Artifact
+
+
+def inspect(config: CollectConfig, workspace: Workspace, worker: Placement = ALONE) -> Request:
+    """Finds model, corpus and device and fills in the defaults.
+
+    Raises:
+        UsageError, ArtifactError, ResourceError: as `collect`.
+    """
+    device, device_reason = device_of(config.device, worker)
+    info = inspect_model(config.model, config.revision)
+    choice = config.corpus_choice(info.embedded)
+    refuse_output_in_corpus(choice, workspace.root)
+    corpus = open_corpus(choice)
+    resolved = resolve(config, info, corpus, device)
+    base = info.name.rsplit("/", 1)[-1]
+    name = config.name or f"{base}-{resolved.site}-{config_hash(resolved.model_dump())}"
+    artifact = Artifact(Kind.ACTIVATIONS, name, workspace.folder(Kind.ACTIVATIONS, name))
+    return Request(resolved, info, corpus, device, device_reason, artifact)
 
 
 def _complete(artifact: Artifact, options: dict[str, Any], reporter: Reporter) -> CollectResult | None:
-    """The store, if it is complete.
+    """The store, if it is complete; says so."""
+    if (manifest := find_complete(artifact, options)) is None:
+        return None
+    reporter.note(f"{artifact.name} is already complete: {manifest.rows:,} rows")
+    return CollectResult(artifact, manifest, reused=True)
+
+
+def find_complete(artifact: Artifact, options: dict[str, Any]) -> Manifest | None:
+    """The manifest of the store, if it is complete.
 
     Raises:
         UsageError: it was collected with other options.
-        ArtifactError: its manifest is damaged.
+        ArtifactError: it is damaged.
     """
     if not (artifact.path / MANIFEST).is_file():
         return None
     manifest, _ = read_manifest(artifact.path)
     _require_same_options(artifact.name, manifest, options)
-    reporter.note(f"{artifact.name} is already complete: {manifest.rows:,} rows")
-    return CollectResult(artifact, manifest, reused=True)
+    return manifest
 
 
 def _require_same_options(name: str, manifest: Manifest, options: dict[str, Any]) -> None:
@@ -126,8 +198,9 @@ def _require_same_options(name: str, manifest: Manifest, options: dict[str, Any]
         )
 
 
-def _plan(resolved: ResolvedConfig, info: ModelInfo, corpus: Corpus, tokenizer: DocumentTokenizer) -> Plan:
+def plan_of(request: Request, tokenizer: DocumentTokenizer) -> Plan:
     """Plans from the corpus's first documents, which also shows now whether it can be read at all."""
+    corpus = request.corpus
     documents = _until_stopped(corpus.documents())
     # How many tokens its text makes is asked only where the size of its text is known.
     sample = list(itertools.islice(documents, 1 if corpus.text_bytes is None else _SAMPLE_DOCUMENTS))
@@ -136,7 +209,7 @@ def _plan(resolved: ResolvedConfig, info: ModelInfo, corpus: Corpus, tokenizer: 
     sample = [document[:_SAMPLE_CHARACTERS] if isinstance(document, str) else document for document in sample]
     token_ids = [ids for batch in tokenizer.encode_batches(sample) for ids in batch]
     sample_bytes = sum(len(document.encode("utf-8")) for document in sample if isinstance(document, str))
-    return make_plan(resolved, info, corpus.text_bytes, token_ids, sample_bytes)
+    return make_plan(request.resolved, request.info, corpus.text_bytes, token_ids, sample_bytes)
 
 
 def _plan_text(plan: Plan) -> str:
@@ -147,118 +220,110 @@ def _plan_text(plan: Plan) -> str:
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """What a run needs, all checked."""
 
-    resolved: ResolvedConfig
-    info: ModelInfo
-    corpus: Corpus
+    request: Request
     tokenizer: DocumentTokenizer
     plan: Plan
-    device: torch.device
+    worker: Placement = ALONE
 
     def harvester(self) -> Harvester:
         """Loads the weights."""
-        resolved = self.resolved
+        resolved, info = self.request.resolved, self.request.info
         spec = HarvestSpec(
             site=resolved.site,
             vector_layers=tuple(resolved.layers),
-            norm_layers=tuple(resolved.norm_layers(self.info.n_layers)),
+            norm_layers=tuple(resolved.norm_layers(info.n_layers)),
             storage_dtype=DTYPE_NAMES[resolved.dtype],
         )
-        model = load_model(self.info, self.device, DTYPE_NAMES[resolved.model_dtype])
-        return Harvester(model, self.info.family, spec, self.device, self.tokenizer.text_of)
+        model = load_model(info, self.request.device, DTYPE_NAMES[resolved.model_dtype])
+        return Harvester(model, info.family, spec, self.request.device, self.tokenizer.text_of)
 
     def packer(self) -> Packer:
         """The rules by which documents become contexts."""
-        resolved = self.resolved
+        resolved = self.request.resolved
         return Packer(resolved.layout(self.tokenizer.separator, resolved.row_limit))
 
+    def contexts(self, packer: Packer) -> Iterator[Context]:
+        """All contexts of the corpus, in its order.
 
-def _run(job: _Job, artifact: Artifact, reporter: Reporter) -> Manifest:
-    packer = job.packer()
-    contexts = packer.contexts(job.tokenizer.encode_batches(_until_stopped(job.corpus.documents())))
-    first = next(contexts, None)
-    if first is None:
-        raise catalogue.CORPUS_TOO_SHORT(
-            f"corpus {job.corpus.name} is too short: its {packer.dropped_tokens} tokens do not fill a context of "
-            f"{job.resolved.context}; give a smaller --context, or --no-packing"
-        )
-    writer = StoreWriter(artifact.path, job.resolved.model_dump())
-    started = time.perf_counter()
-    try:
-        durable_rows = writer.durable_rows
-        if durable_rows:
-            reporter.note(f"going on after {durable_rows:,} rows in {writer.durable_shards} shards")
-        numbered = enumerate(itertools.chain([first], contexts))
-        # Shards hold whole batches, so leaving some shards out moves no border of the others' batches.
-        left = (one for number, one in numbered if number // job.plan.shard_contexts not in writer.durable)
+        Raises:
+            UsageError: there is none.
+        """
+        corpus = self.request.corpus
+        contexts = packer.contexts(self.tokenizer.encode_batches(_until_stopped(corpus.documents())))
+        first = next(contexts, None)
+        if first is None:
+            raise catalogue.CORPUS_TOO_SHORT(
+                f"corpus {corpus.name} is too short: its {packer.dropped_tokens} tokens do not fill a context of "
+                f"{self.request.resolved.context}; give a smaller --context, or --no-packing"
+            )
+        return itertools.chain([first], contexts)
+
+    def harvest(self, contexts: Iterator[Context]) -> Iterator[HarvestedBatch]:
+        """Rows of the contexts that are left; where none are, the weights are not even loaded."""
+        first = next(contexts, None)
+        if first is None:
+            return
+        left = _until_stopped(itertools.chain([first], contexts))
+        yield from self.harvester().harvest(_batches(left, self.request.resolved.batch_size))
+
+    @property
+    def threads(self) -> contextlib.AbstractContextManager[int]:
+        """As many threads as the work is worth."""
+        resolved = self.request.resolved
         # The largest product is the MLP's, four times the model's width.
-        product = 4 * job.resolved.batch_size * job.resolved.context * job.info.d_model**2
-        with one_thread_if_small(product, job.device):
-            _write_shards(job, writer, _harvest(job, left), durable_rows, reporter)
-        manifest = writer.finish(_description(job, packer))
+        product = 4 * resolved.batch_size * resolved.context * self.request.info.d_model**2
+        return one_thread_if_small(product, self.request.device)
+
+
+def _run(job: Job, turn: Turn, reporter: Reporter) -> Manifest | None:
+    """Makes the shards of this worker's that are not there; the manifest too, if then none is missing."""
+    artifact, worker = job.request.artifact, job.worker
+    packer = job.packer()
+    contexts = job.contexts(packer)
+    with turn.taken():
+        if (artifact.path / MANIFEST).is_file():
+            return None
+        writer = StoreWriter(artifact.path, job.request.resolved.model_dump(), worker)
+    started = time.perf_counter()
+    manifest = None
+    try:
+        if writer.durable_rows:
+            reporter.note(f"going on after {writer.durable_rows:,} rows in {shards_text(writer.durable_shards)}")
+        # Shards hold whole batches, so leaving some shards out moves no border of the others' batches.
+        share = Share(contexts, job.plan.shard_contexts, writer.makes)
+        # Each worker tokenizes the whole corpus, which must not hold up its own part of the harvest.
+        own = iter(share) if worker.alone else ahead(share, job.plan.shard_contexts)
+        with job.threads:
+            buffer = ShardBuffer(job.plan.shard_contexts, job.request.resolved.context)
+            write_shards(job.harvest(own), writer, buffer, job.plan.rows, reporter)
+        writer.wait()
+        with turn.taken():
+            # Whoever comes last finds all shards durable, and completes the store; nobody waits for others.
+            if not (artifact.path / MANIFEST).is_file():
+                missing = [] if worker.alone else writer.missing(share.shards)
+                left = left_to_others(missing, share.shards, turn) if missing else ""
+                manifest = None if missing else writer.finish(_description(job, packer))
+            else:
+                left = "another worker has completed the store"
     except BaseException as error:
         writer.abandon()
         if isinstance(error, Interrupted):
             on_disk = f"{writer.durable_shards} shards of {artifact.name} are on disk"
             raise Interrupted(error.signum, f"stopped; {on_disk}, the same command goes on from there") from error
         raise
-    seconds = time.perf_counter() - started
-    collected = manifest.rows - durable_rows
-    with contextlib.suppress(OSError):  # the store is complete, with or without a note of how long it took
-        log_timing(artifact.path, "collect", device=str(job.device), rows=collected, seconds=round(seconds, 3))
-    reporter.note(_summary(job, manifest, packer))
+    spent = {"device": str(job.request.device), "seconds": round(time.perf_counter() - started, 3)}
+    if not worker.alone:
+        spent |= {"worker": str(worker)}
+    with contextlib.suppress(OSError):  # what was made is durable, with or without a note of how long it took
+        log_timing(artifact.path, "collect", rows=writer.written_rows, **spent)
+    if manifest is not None:
+        reporter.note(_summary(job, manifest, packer))
+    if not worker.alone:
+        last_word(reporter, f"{shards_text(writer.written_shards)} made; {left or 'the store is complete'}")
     return manifest
-
-
-def _harvest(job: _Job, contexts: Iterator[Context]) -> Iterator[HarvestedBatch]:
-    """Rows of the contexts that are left; where none are, the weights are not even loaded."""
-    first = next(contexts, None)
-    if first is None:
-        return
-    harvester = job.harvester()
-    yield from harvester.harvest(_batches(_until_stopped(itertools.chain([first], contexts)), job.resolved.batch_size))
-
-
-def _write_shards(
-    job: _Job, writer: StoreWriter, harvested: Iterator[HarvestedBatch], durable_rows: int, reporter: Reporter
-) -> None:
-    """Gathers batches into shards and hands each full one to the writer's thread."""
-    shard = ShardBuffer(job.plan.shard_contexts, job.resolved.context)
-    index = writer.missing_from(0)
-    clock = _Clock(None if job.plan.rows is None else job.plan.rows - durable_rows)
-    with reporter.task("collect", job.plan.rows, "rows") as task:
-        task.advance(durable_rows)
-        for batch in harvested:
-            shard.add(batch)
-            if shard.full:
-                # Rows that are not finite have stopped the run before.
-                writer.write(index, shard.take(), nonfinite_rows=0)
-                index = writer.missing_from(index + 1)
-            task.advance(batch.rows)
-            if (expected := clock.after(batch.rows)) is not None:
-                reporter.note(f"expected time {duration_text(expected)}")
-        if not shard.empty:
-            writer.write(index, shard.take(), nonfinite_rows=0)
-
-
-class _Clock:
-    """Expects the whole run's time from one batch: the second, since the first pays for warming up."""
-
-    def __init__(self, rows: int | None) -> None:
-        self._rows = rows
-        self._batches = 0
-        self._last = 0.0
-
-    def after(self, batch_rows: int) -> float | None:
-        """To be called after each batch; the expected seconds for all rows, once, after the second batch."""
-        self._batches += 1
-        now = time.perf_counter()
-        elapsed, self._last = now - self._last, now
-        if self._batches != 2 or self._rows is None:
-            return None
-        return elapsed / batch_rows * self._rows
 
 
 def _until_stopped(items: Iterable[T]) -> Iterator[T]:
@@ -276,9 +341,19 @@ def _batches(contexts: Iterable[Context], size: int) -> Iterator[list[Context]]:
         yield batch
 
 
-def _description(job: _Job, packer: Packer) -> dict[str, Any]:
+def _versions() -> dict[str, str]:
+    return {
+        "nsae": version("nsae"),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "safetensors": version("safetensors"),
+        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+    }
+
+
+def _description(job: Job, packer: Packer) -> dict[str, Any]:
     """The manifest without rows and shards."""
-    resolved, info = job.resolved, job.info
+    resolved, info = job.request.resolved, job.request.info
     return {
         "hooks": [hook_name(layer, resolved.site) for layer in resolved.layers],
         "d_in": info.d_model,
@@ -289,22 +364,16 @@ def _description(job: _Job, packer: Packer) -> dict[str, Any]:
         "revision": info.revision,
         "n_layers": info.n_layers,
         "model_type": info.model_type,
-        "tokenizer": job.tokenizer.identity_for(job.corpus.content),
+        "tokenizer": job.tokenizer.identity_for(job.request.corpus.content),
         "special_token_ids": job.tokenizer.special_token_ids,
-        "corpus": job.corpus.identity,
+        "corpus": job.request.corpus.identity,
         "site": resolved.site,
         "context_size": resolved.context,
         "packing": resolved.packing,
         "bos": resolved.bos,
         "model_dtype": _json_dtype(resolved.model_dtype),
         "dropped": {"tokens": packer.dropped_tokens, "documents": packer.dropped_documents},
-        "versions": {
-            "nsae": version("nsae"),
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-            "safetensors": version("safetensors"),
-            "python": f"{sys.version_info.major}.{sys.version_info.minor}",
-        },
+        "versions": _versions(),
         "command": {"name": "collect", "options": resolved.model_dump()},
     }
 
@@ -314,10 +383,10 @@ def _json_dtype(name: DTypeName) -> str:
     return str(DTYPE_NAMES[name]).removeprefix("torch.")
 
 
-def _summary(job: _Job, manifest: Manifest, packer: Packer) -> str:
+def _summary(job: Job, manifest: Manifest, packer: Packer) -> str:
     text = f"{manifest.rows:,} rows"
-    limit = job.resolved.row_limit
-    if limit is not None and manifest.rows <= limit - job.resolved.context:
+    limit = job.request.resolved.row_limit
+    if limit is not None and manifest.rows <= limit - job.request.resolved.context:
         text += f" (the corpus ended before {limit:,})"
     if packer.dropped_tokens:
         where = "behind --context" if packer.layout.rows_are_contexts else "at the corpus's end"

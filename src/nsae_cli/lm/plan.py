@@ -11,6 +11,7 @@ from nsae_cli import catalogue
 from nsae_cli.lm.config import MAX_SHARD_ROWS, ResolvedConfig
 from nsae_cli.lm.loading import ModelInfo
 from nsae_cli.lm.tokenizing import TokenIds
+from nsae_cli.store.writable import nearest_existing
 
 MAX_SHARD_BYTES = 256 * 2**20
 
@@ -35,6 +36,10 @@ class Plan:
     shard_contexts: int
     rows: int | None
     estimated: bool
+
+    def shards(self, context: int) -> int | None:
+        """How many shards there will be, of contexts of this many rows."""
+        return None if self.rows is None else -(-self.rows // (self.shard_contexts * context))
 
     @property
     def total_bytes(self) -> int | None:
@@ -86,15 +91,23 @@ def check_space(plan: Plan, folder: Path) -> int:
     Raises:
         ResourceError: the store, less what it already holds, does not fit.
     """
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    held = sum(path.stat().st_size for path in folder.glob("shard-*.safetensors"))
+    free, held = free_bytes(folder), held_bytes(folder)
     if plan.total_bytes is not None and plan.total_bytes - held > free:
         raise catalogue.DISK_TOO_SMALL(
-            f"the store needs {size_text(plan.total_bytes - held)}, {size_text(free)} are free in {existing}; "
-            f"lower --tokens, store fewer --layers, or choose another --workspace"
+            f"the store needs {size_text(plan.total_bytes - held)}, {size_text(free)} are free in "
+            f"{nearest_existing(folder)}; lower --tokens, store fewer --layers, or choose another --workspace"
         )
     return free
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes free where `folder` is or will be."""
+    return shutil.disk_usage(nearest_existing(folder)).free
+
+
+def held_bytes(folder: Path) -> int:
+    """Bytes that a store's shards take already."""
+    return sum(path.stat().st_size for path in folder.glob("shard-*.safetensors"))
 
 
 def size_text(size: float) -> str:

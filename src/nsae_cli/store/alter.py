@@ -24,8 +24,9 @@ from nsae_cli.store.batches import stable_seed
 from nsae_cli.store.contexts import Contexts
 from nsae_cli.store.manifest import MANIFEST, Manifest, describe_alterations, read_manifest
 from nsae_cli.store.profile import HookProfile, profile_hook
-from nsae_cli.store.shards import ActivationStore, StoreWriter, open_activations, unneeded_files
+from nsae_cli.store.shards import ActivationStore, open_activations
 from nsae_cli.store.workspace import Artifact, Kind, Workspace, check_name, log_timing
+from nsae_cli.store.writer import StoreWriter, unneeded_files
 from nsae_cli.values import Size
 
 #: Tensors that every row keeps.

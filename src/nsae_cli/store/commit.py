@@ -305,10 +305,18 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
 
 def tensor_sha256(tensor: torch.Tensor) -> str:
     """Hex SHA-256 of a CPU tensor's bytes in row-major order (what a safetensors file holds for it)."""
+    return tensors_sha256([tensor])
+
+
+def tensors_sha256(parts: Iterable[torch.Tensor]) -> str:
+    """As `tensor_sha256`, of a tensor that is given as its runs of rows."""
     import torch
 
-    raw = tensor.contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
-    return hashlib.sha256(raw.numpy().data).hexdigest()
+    digest = hashlib.sha256()
+    for part in parts:
+        if part.numel():
+            digest.update(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def file_sha256(path: Path) -> str:

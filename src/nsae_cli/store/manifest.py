@@ -126,9 +126,10 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        progress = folder / "progress.jsonl"
-        if progress.is_file():
-            done = max(0, len(progress.read_text(encoding="utf-8", errors="replace").splitlines()) - 1)
+        # One for each worker; counted as they stand, without a look at the shards.
+        if progress := [path for path in folder.glob("progress*.jsonl") if path.is_file()]:
+            lines = (path.read_text(encoding="utf-8", errors="replace").splitlines() for path in progress)
+            done = sum(max(0, len(one) - 1) for one in lines)
             raise catalogue.UNFINISHED(
                 f"{folder.name} is not finished ({done} shards so far); run the same command again"
             )

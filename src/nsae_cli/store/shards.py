@@ -1,14 +1,9 @@
-"""Writing an activation store shard by shard, and reading one back with its content checked."""
+"""Reading an activation store with its content checked. `store.writer` writes one."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import queue
-import re
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,215 +11,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nsae_cli import catalogue
-from nsae_cli.errors import ArtifactError
 from nsae_cli.store import commit
-from nsae_cli.store.manifest import FORMAT_VERSION, MANIFEST, Manifest, ShardEntry, read_manifest
-from nsae_cli.store.seal import is_sealed, seal, seal_fits
+from nsae_cli.store.manifest import ShardEntry, read_manifest
+from nsae_cli.store.verified import VERIFIED, HashAhead, VerifiedTensors
 
-PROGRESS = "progress.jsonl"
-VERIFIED = "verified.jsonl"
 #: Norms, positions and tokens of this many bytes are kept in memory: passes over a store read them again and again.
 _CACHE_BYTES = 256 * 2**20
 #: Up to this share of a shard's rows, they are read one run at a time instead of the whole tensor.
 _FEW_ROWS = 0.25
 
 
-_SHARD_NAME = re.compile(r"shard-(\d{5,})\.safetensors")
-
-
 def shard_name(index: int) -> str:
     """File name of a store's shard."""
     return f"shard-{index:05d}.safetensors"
-
-
-@dataclass
-class StoreWriter:
-    """Appends shards to a store's folder; a background thread hashes and writes while the model runs on.
-
-    A shard is durable once its line is in ``progress.jsonl``; the first line there is the resolved configuration. Each
-    line is sealed. `finish` writes the manifest, the completion mark. At most one shard waits while another is being
-    written, so that host memory does not grow with the number of tokens.
-
-    Args:
-        folder: the store's folder; created.
-        config: the resolved, result-changing options of the run.
-
-    Raises:
-        UsageError: the folder holds an unfinished store with another configuration.
-        ResourceError: the folder cannot be written.
-    """
-
-    folder: Path
-    config: dict[str, Any]
-    #: Shards that an earlier run of the same command left complete, by number; there may be gaps.
-    durable: dict[int, ShardEntry] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        commit.make_folder(self.folder)
-        commit.remove_leftovers(self.folder)
-        progress = self.folder / PROGRESS
-        if progress.exists():
-            self.durable = recover_progress(progress, self.config)
-        else:
-            commit.write_text(progress, progress_text(self.config, []))
-        self._entries = dict(self.durable)
-        self._queue: queue.Queue[tuple[int, dict[str, torch.Tensor], int] | None] = queue.Queue(maxsize=1)
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, name="nsae-store-writer", daemon=True)
-        self._thread.start()
-
-    @property
-    def durable_shards(self) -> int:
-        """How many shards are on disk, from this run and an earlier one of the same command."""
-        return len(self._entries)
-
-    @property
-    def durable_rows(self) -> int:
-        """How many rows an earlier run of the same command left complete."""
-        return sum(entry.rows for entry in self.durable.values())
-
-    def missing_from(self, index: int) -> int:
-        """Number of the first shard, from `index` on, that an earlier run did not leave complete."""
-        while index in self.durable:
-            index += 1
-        return index
-
-    def write(self, index: int, tensors: dict[str, torch.Tensor], nonfinite_rows: int) -> None:
-        """Queues a shard. `tensors` must not be changed afterwards. Raises what the background thread met."""
-        self._raise_failure()
-        self._queue.put((index, tensors, nonfinite_rows))
-
-    def wait(self) -> None:
-        """Waits until everything queued is durable."""
-        if self._thread.is_alive():
-            self._queue.put(None)
-        self._thread.join()
-        self._raise_failure()
-
-    def finish(self, description: dict[str, Any]) -> Manifest:
-        """Writes the manifest from `description` (its keys without rows and shards) and ends the store."""
-        self.wait()
-        entries = [self._entries[index] for index in sorted(self._entries)]
-        if (gap := next((i for i, entry in enumerate(entries) if entry.file != shard_name(i)), None)) is not None:
-            raise catalogue.SHARD_MISSING(
-                f"{self.folder}: {shard_name(gap)} is missing; delete the folder and run again"
-            )
-        manifest = Manifest.model_validate(
-            {
-                "format_version": FORMAT_VERSION,
-                **description,
-                "rows": sum(entry.rows for entry in entries),
-                "shards": [entry.model_dump() for entry in entries],
-            }
-        )
-        sealed = commit.write_document(self.folder / MANIFEST, manifest.model_dump(exclude={"checksum"}))
-        commit.remove_file(self.folder / PROGRESS)
-        return Manifest.model_validate(sealed)
-
-    def abandon(self) -> None:
-        """Stops the background thread after the shard in hand; what is durable stays for the next run."""
-        if not self._thread.is_alive():
-            return
-        with contextlib.suppress(queue.Full):
-            self._queue.put(None, timeout=60)
-        self._thread.join(timeout=60)
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-
-    def _work(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if self._failure is not None:
-                continue  # drain, so that the producer never blocks on a dead writer
-            try:
-                self._commit_shard(*item)
-            except BaseException as failure:
-                self._failure = failure
-
-    def _commit_shard(self, index: int, tensors: dict[str, torch.Tensor], nonfinite_rows: int) -> None:
-        path = self.folder / shard_name(index)
-        commit.write_tensors(path, tensors)
-        entry = ShardEntry(
-            file=path.name,
-            rows=next(iter(tensors.values())).shape[0],
-            bytes=path.stat().st_size,
-            tensors={name: commit.tensor_sha256(tensor) for name, tensor in sorted(tensors.items())},
-            nonfinite_rows=nonfinite_rows,
-        )
-        commit.append_line(self.folder / PROGRESS, _progress_line(entry))
-        self._entries[index] = entry
-
-
-def unneeded_files(folder: Path) -> list[Path]:
-    """What a run that was killed right after it had completed the store left in its folder."""
-    return [*commit.leftovers(folder), *folder.glob(PROGRESS)]
-
-
-def _progress_line(entry: ShardEntry) -> str:
-    return commit.to_json(seal(entry.model_dump()), indent=None)
-
-
-def progress_text(config: dict[str, Any], entries: Iterable[ShardEntry]) -> str:
-    """progress.jsonl of a store that is being written."""
-    first = commit.to_json(seal({"config": config}), indent=None)
-    return "".join(f"{line}\n" for line in (first, *map(_progress_line, entries)))
-
-
-def recover_progress(progress: Path, config: dict[str, Any]) -> dict[int, ShardEntry]:
-    """The durable shards of an interrupted run, by number.
-
-    A shard whose line is torn or damaged, or whose file is gone, is left out, to be written again.
-
-    Raises:
-        ArtifactError: the first line, the configuration, is damaged.
-        UsageError: the store was begun with another configuration.
-    """
-    earlier, entries, whole = read_progress(progress)
-    if earlier != config:
-        changed = describe_changes(earlier, config)
-        raise catalogue.OPTIONS_CHANGED(
-            f"{progress.parent.name} was begun with other options ({changed}); give the same, or another --name"
-        )
-    there = {
-        index: entry
-        for index, entry in entries.items()
-        if (path := progress.parent / entry.file).is_file() and path.stat().st_size == entry.bytes
-    }
-    if len(there) != len(entries) or not whole:
-        commit.write_text(progress, progress_text(earlier, (there[index] for index in sorted(there))))
-    return there
-
-
-def read_progress(progress: Path) -> tuple[dict[str, Any], dict[int, ShardEntry], bool]:
-    """What progress.jsonl says.
-
-    Returns:
-        The configuration; the shards by number, of the lines that are what was written; whether every line is.
-
-    Raises:
-        ArtifactError: the first line, the configuration, is damaged.
-    """
-    text = progress.read_text(encoding="utf-8", errors="replace")
-    lines = text.splitlines()
-    try:
-        first = commit.parse_json(lines[0], progress)
-        earlier = first["config"]
-        if not seal_fits(first) or not isinstance(earlier, dict):
-            raise ValueError("its checksum differs")
-    except (IndexError, ValueError, KeyError, TypeError, ArtifactError) as error:
-        raise catalogue.PROGRESS_DAMAGED(
-            f"{progress} is damaged; delete the folder {progress.parent.name} and run again"
-        ) from error
-    entries: dict[int, ShardEntry] = {}
-    for line in lines[1:]:
-        with contextlib.suppress(ValueError, ArtifactError):
-            document = commit.parse_json(line, progress)
-            if is_sealed(document) and seal_fits(document):
-                entry = ShardEntry.model_validate(document)
-                if (named := _SHARD_NAME.fullmatch(entry.file)) is not None:
-                    entries[int(named[1])] = entry
-    return earlier, entries, len(entries) == len(lines) - 1 and text.endswith("\n")
 
 
 def describe_changes(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -251,12 +50,14 @@ class ActivationStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest, self.manifest_sha256 = read_manifest(path)
-        self._verified = _VerifiedTensors(path / VERIFIED)
+        self._verified = VerifiedTensors(path / VERIFIED)
+        self._ahead = HashAhead(self._verified)
         self._checked: set[tuple[int, str]] = set()
         self._first_names: set[str] | None = None
         self._computed_norms: dict[tuple[int, str], torch.Tensor] = {}
         self._row_tensors: dict[tuple[int, str], torch.Tensor] = {}
         self._cache_left = _CACHE_BYTES
+        self._last_read, self._in_order = -1, True
 
     @property
     def name(self) -> str:
@@ -321,6 +122,7 @@ class ActivationStore:
             ArtifactError: missing tensor, wrong shape or dtype, wrong hash, unreadable file.
             NumericalError: vectors of a store from elsewhere that are not finite.
         """
+        self._hash_ahead(shard, names)
         entry = self.manifest.shards[shard]
         with self._open(shard) as file:
             present = set(file.keys())
@@ -346,6 +148,7 @@ class ActivationStore:
         Raises:
             ArtifactError: as `read`.
         """
+        self._hash_ahead(shard, [hook])
         known = (shard, hook) in self._checked or self._verified.knows(
             self.path / self.manifest.shards[shard].file, hook
         )
@@ -359,6 +162,17 @@ class ActivationStore:
             rows = file.get_slice(hook)
             runs = [rows[int(run[0]) : int(run[-1]) + 1] for run in kept.tensor_split(breaks)]
         return torch.cat(runs)
+
+    def _hash_ahead(self, shard: int, names: Sequence[str]) -> None:
+        """Waits for what is being hashed of a shard; while shards are read one after the other, begins on the next."""
+        entries = self.manifest.shards
+        self._ahead.wait_for(self.path / entries[shard].file)
+        if shard != self._last_read:
+            self._in_order, self._last_read = shard == self._last_read + 1, shard
+        if self._in_order and shard + 1 < len(entries):
+            following = entries[shard + 1]
+            expected = {name: sha256 for name, sha256 in (following.tensors or {}).items() if name in names}
+            self._ahead.begin(self.path / following.file, expected)
 
     def _remedy(self) -> str:
         """What to do about a damaged shard, for messages."""
@@ -384,7 +198,8 @@ class ActivationStore:
                     f"{self.path / entry.file}: the content of {name} is not what was written (SHA-256 differs); "
                     f"{remedy}"
                 )
-            self._verified.remember(self.path / entry.file, name)
+            with contextlib.suppress(OSError):  # gone since it was read: nothing to remember
+                self._verified.remember(self._verified.version(self.path / entry.file, name))
 
     def _refuse_non_finite(self, entry: ShardEntry, name: str, tensor: torch.Tensor) -> None:
         """Looks at the vectors of a shard that nobody has vouched for, whatever norms are stored beside them."""
@@ -428,37 +243,6 @@ class ActivationStore:
             self._cache_left -= tensor.nbytes
             self._row_tensors[key] = tensor
         return self._row_tensors[key]
-
-
-class _VerifiedTensors:
-    """Remembers which tensors of which file version were found intact: one line each, in a file beside the manifest.
-
-    Losing it, or a torn line, costs one more hash; a folder that cannot be written is therefore no error.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._known: set[str] = set()
-        with contextlib.suppress(OSError):
-            self._known.update(path.read_text(encoding="utf-8", errors="replace").splitlines())
-
-    @staticmethod
-    def _line(path: Path, tensor: str) -> str:
-        status = path.stat()
-        version = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "inode": status.st_ino}
-        return json.dumps({"file": path.name, "tensor": tensor, **version})
-
-    def knows(self, path: Path, tensor: str) -> bool:
-        with contextlib.suppress(OSError):
-            return self._line(path, tensor) in self._known
-        return False
-
-    def remember(self, path: Path, tensor: str) -> None:
-        with contextlib.suppress(OSError):
-            line = self._line(path, tensor)
-            self._known.add(line)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
 
 
 def open_activations(path: Path | str) -> ActivationStore:

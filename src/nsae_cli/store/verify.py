@@ -13,7 +13,8 @@ from nsae_cli.errors import NsaeError
 from nsae_cli.store import commit
 from nsae_cli.store.findings import Check, check_json, check_strangers, plain_file, short
 from nsae_cli.store.manifest import MANIFEST, Manifest, ShardEntry, read_manifest
-from nsae_cli.store.shards import PROGRESS, progress_text, read_progress, shard_name
+from nsae_cli.store.progress import PROGRESS, merged, progress_files, progress_text, read_progress
+from nsae_cli.store.shards import shard_name
 
 #: Rows that are looked at together: what is computed of them is in float64.
 _ROWS = 8192
@@ -52,8 +53,9 @@ def check_store(folder: Path, check: Check) -> StoreCheck:
         check.damaged(MANIFEST, short(error, folder / MANIFEST))
         return result
     manifest = result.manifest
-    if (folder / PROGRESS).exists():
-        check.note(PROGRESS, "left by a run that was killed after its last shard")
+    progress = {path.name for path in progress_files(folder)}
+    for name in sorted(progress):
+        check.note(name, "left by a run that was killed after its last shard")
     last_document = 0
     for index, entry in enumerate(manifest.shards):
         check.poll()
@@ -61,33 +63,40 @@ def check_store(folder: Path, check: Check) -> StoreCheck:
         last_document = _Shard(folder, entry, manifest, check).run(last_document)
         if any(finding.level == "damaged" for finding in check.findings[before:]):
             result.bad_shards.add(index)
-    check_strangers(check, folder, {MANIFEST, PROGRESS, *(entry.file for entry in manifest.shards)})
+    check_strangers(check, folder, {MANIFEST, *progress, *(entry.file for entry in manifest.shards)})
     return result
 
 
 def _check_unfinished(folder: Path, result: StoreCheck) -> None:
-    """Progress lines against shards."""
-    check, progress = result.check, folder / PROGRESS
-    if not progress.exists():
+    """Progress lines against shards; each worker that has written into the store has a file of them."""
+    check, files = result.check, progress_files(folder)
+    if not files:
         check.unfinished("", f"neither {MANIFEST} nor {PROGRESS}: nothing is durable yet")
         check_strangers(check, folder, ())
         return
-    try:
-        _, entries, whole = read_progress(progress)
-    except (NsaeError, OSError) as error:
-        check.damaged(PROGRESS, short(error, progress))
+    read = []
+    for path in files:
+        try:
+            progress = read_progress(path)
+        except (NsaeError, OSError) as error:
+            check.damaged(path.name, short(error, path))
+            continue
+        read.append(progress)
+        if not progress.whole:
+            check.note(path.name, "a torn or damaged line: its shard is made again")
+    if any(finding.level == "damaged" for finding in check.findings):
         return
+    entries = merged(folder, read)
     shards = "1 shard" if len(entries) == 1 else f"{len(entries)} shards"
-    check.unfinished("", f"not finished: {shards} so far")
-    if not whole:
-        check.note(PROGRESS, "a torn or damaged line: its shard is made again")
+    workers = f", by {len(files)} workers" if len(files) > 1 else ""
+    check.unfinished("", f"not finished: {shards} so far{workers}")
     for index, entry in sorted(entries.items()):
         check.poll()
         before = len(check.findings)
         _Shard(folder, entry, None, check).run(0)
         if len(check.findings) > before:
             result.bad_shards.add(index)
-    check_strangers(check, folder, {PROGRESS, *(entry.file for entry in entries.values())})
+    check_strangers(check, folder, {*(path.name for path in files), *(entry.file for entry in entries.values())})
 
 
 @dataclass
@@ -231,7 +240,8 @@ def drop_damaged_shards(folder: Path, result: StoreCheck) -> bool:
     """
     manifest = result.manifest
     if manifest is None:
-        config, entries, _ = read_progress(folder / PROGRESS)
+        read = [read_progress(path) for path in progress_files(folder)]
+        config, entries = read[0].config, merged(folder, read)
     else:
         found = config_of(manifest)
         if found is None or any(entry.file != shard_name(index) for index, entry in enumerate(manifest.shards)):
@@ -244,4 +254,7 @@ def drop_damaged_shards(folder: Path, result: StoreCheck) -> bool:
         commit.remove_file(folder / MANIFEST)
     for index in sorted(result.bad_shards):
         commit.remove_file(folder / entries[index].file)
+    for path in progress_files(folder):
+        if path.name != PROGRESS:
+            commit.remove_file(path)
     return True

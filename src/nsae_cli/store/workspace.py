@@ -8,13 +8,14 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from nsae_cli import catalogue
+from nsae_cli.launch import ALONE, Placement
 from nsae_cli.reporter import Reporter
 from nsae_cli.store import commit, lock
 
@@ -70,31 +71,46 @@ class Workspace:
         """The workspace of ``--workspace``, else of ``NSAE_WORKSPACE``, else ``./nsae-runs``."""
         return cls(option or Path(os.environ.get("NSAE_WORKSPACE") or DEFAULT_WORKSPACE), break_lock)
 
-    def writing(self, folder: Path, reporter: Reporter) -> contextlib.AbstractContextManager[None]:
+    def writing(
+        self,
+        folder: Path,
+        reporter: Reporter,
+        worker: Placement = ALONE,
+        software: Mapping[str, str] | None = None,
+    ) -> contextlib.AbstractContextManager[lock.Turn]:
         """Keeps every other process from writing into an artifact's folder while the context is open.
+
+        Args:
+            folder: the artifact's.
+            reporter: see `lock.writing`.
+            worker: which of several that share the folder this process is: the others of its job may write there too.
+            software: what all of these must have alike.
 
         Raises:
             BusyError: another process is writing there.
+            UsageError: a worker of the same job has other software.
             ResourceError: the workspace cannot be written.
         """
-        return lock.writing(folder, reporter, break_lock=self.break_lock)
+        return lock.writing(folder, reporter, break_lock=self.break_lock, worker=worker, software=software)
 
-    def tidy(self, folder: Path, reporter: Reporter, unneeded: Sequence[Path] = ()) -> None:
+    def tidy(self, folder: Path, reporter: Reporter, unneeded: Sequence[Path] = (), worker: Placement = ALONE) -> None:
         """Removes what a process left in or beside a complete artifact because it was killed in its last moment.
 
         Args:
             folder: the artifact's.
             reporter: see `writing`.
-            unneeded: files and folders there that no complete artifact has; its lock is always looked at.
+            unneeded: files and folders there that no complete artifact has; its locks are always looked at.
+            worker: as in `writing`; several may tidy one after the other.
 
         Raises:
             BusyError: there is something to remove, and another process is writing there.
         """
-        if unneeded:
-            with self.writing(folder, reporter):
-                for path in unneeded:
-                    (commit.remove_folder if path.is_dir() else commit.remove_file)(path)
-        lock.remove_abandoned(folder)
+        with lock.Turn(folder, worker).taken():
+            if unneeded:
+                with contextlib.nullcontext() if not worker.alone else self.writing(folder, reporter):
+                    for path in unneeded:
+                        (commit.remove_folder if path.is_dir() else commit.remove_file)(path)
+            lock.remove_abandoned(folder)
 
     def folder(self, kind: Kind, name: str) -> Path:
         """Where the artifact `name` of `kind` lives, whether it exists or not."""
