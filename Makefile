@@ -1,7 +1,8 @@
 # make demo   from a fresh clone to the first answer, offline after the installation
 # make test   the whole test suite, with lint and types
 # Both create .venv with pinned versions (constraints.txt). PYTHON and PIP_ARGS can be set on the command line.
-# make docs   docs/errors.md from the catalogue of errors; a test fails where it was forgotten
+# make docs   docs/errors.md from the catalogue of errors and docs/cli.md from the help; tests fail where it was forgotten
+# make notebook   runs docs/notebooks again and saves its outputs; make site   the documentation as a site, in build/site
 # make torture   every fault of docs/reliability.md; about an hour on two cores, and goes on where it was stopped
 # make bench  every benchmark, peers included, in .venv-bench (constraints-peers.txt); hours. make bench-setup installs only.
 
@@ -11,11 +12,12 @@ PIP_ARGS ?=
 BIN := .venv/bin
 NATIVE := $(wildcard src/nsae_cli/kernels/native/*.c src/nsae_cli/kernels/native/*.h)
 BENCH := .venv-bench/bin
+SITE := .venv-docs/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 BENCH_INSTALL := $(BENCH)/python -m pip install --quiet --disable-pip-version-check \
 	--constraint benchmarks/constraints-peers.txt $(PIP_ARGS)
 
-.PHONY: demo test lint docs clean torture bench bench-setup
+.PHONY: demo test lint docs notebook site clean torture bench bench-setup
 
 demo: .venv/demo.stamp
 	$(BIN)/nsae run experiments/001-quickstart/config.yaml
@@ -31,8 +33,15 @@ lint: .venv/test.stamp
 torture: .venv/test.stamp
 	$(BIN)/python tests/faults/torture.py
 
+notebook: .venv/test.stamp
+	$(BIN)/python docs/execute_notebook.py
+
+site: .venv-docs/site.stamp
+	NO_MKDOCS_2_WARNING=1 $(SITE)/mkdocs build --strict
+
 docs: .venv/test.stamp
 	$(BIN)/python docs/generate_errors.py
+	$(BIN)/python docs/generate_cli.py
 
 .venv/demo.stamp: pyproject.toml constraints.txt $(NATIVE) | .venv/bin/python
 	@echo "installing nsae and its dependencies into .venv (several minutes the first time)"
@@ -43,6 +52,16 @@ docs: .venv/test.stamp
 	@echo "installing nsae, its dependencies and the test tools into .venv (several minutes the first time)"
 	$(INSTALL) --editable '.[dev]'
 	@touch $@
+
+# Only what builds the site: no torch, and nsae itself is not needed.
+.venv-docs/site.stamp: constraints.txt | .venv-docs/bin/python
+	$(SITE)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS) \
+		mkdocs-material mkdocs-jupyter
+	@touch $@
+
+.venv-docs/bin/python:
+	@test -n "$(PYTHON)" || { echo "the site needs Python 3.11, 3.12 or 3.13 (set PYTHON=…)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv-docs
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "nsae needs Python 3.11, 3.12 or 3.13 (set PYTHON=…)" >&2; exit 1; }
@@ -73,4 +92,4 @@ bench: .venv-bench/peers.stamp
 	$(PYTHON) -m venv .venv-bench
 
 clean:
-	rm -rf .venv .venv-bench build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-bench .venv-docs .cache build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

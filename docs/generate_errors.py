@@ -82,7 +82,7 @@ saved; a second signal ends the process at once, and the last checkpoint stays.
 def page() -> str:
     """The text of docs/errors.md."""
     raised = messages()
-    parts = [_HEAD, _table()]
+    parts = [_HEAD, exit_codes()]
     parts.append(_BUG)
     for kind, heading, introduction in _PARTS:
         entries = {name: entry for name, entry in catalogue.ENTRIES.items() if entry.kind is kind}
@@ -96,7 +96,8 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def _table() -> str:
+def exit_codes() -> str:
+    """The table of exit codes, for docs/cli.md too."""
     rows = [(str(code), meaning) for code, meaning in _MEANINGS.items()]
     rows += [(str(EXIT_CODES[kind]), heading) for kind, heading, _ in _PARTS]
     lines = [f"| {code} | {meaning} |" for code, meaning in sorted(rows, key=lambda row: int(row[0]))]

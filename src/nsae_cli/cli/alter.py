@@ -27,7 +27,7 @@ def command(
             "nothing.",
         ),
     ] = None,
-    seed: Annotated[str | None, typer.Option(metavar="INT", help="Of the permutation [default: 0].")] = None,
+    seed: Annotated[str | None, typer.Option(metavar="INT", help="Seed of the permutation [default: 0].")] = None,
     name: Name = None,
 ) -> None:
     """Write a store with altered norms, as a control.

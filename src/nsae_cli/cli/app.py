@@ -18,6 +18,7 @@ from nsae_cli.cli import (
     bench,
     collect,
     compare,
+    completion,
     doctor,
     eval_,
     failures,
@@ -30,6 +31,7 @@ from nsae_cli.cli import (
     verify,
 )
 from nsae_cli.cli.console import print_text
+from nsae_cli.cli.group import CommandGroup
 from nsae_cli.cli.session import Session
 from nsae_cli.store.workspace import Workspace
 
@@ -45,6 +47,7 @@ Four steps, each on the newest result of the one before (mini needs no network):
 # Plain help: rich's boxes cut option values short and swallow everything in square brackets.
 app = typer.Typer(
     name="nsae",
+    cls=CommandGroup,
     help="Train sparse autoencoders on a language model's activations; measure what high-norm tokens do to them.",
     epilog=_CHAIN,
     invoke_without_command=True,
@@ -68,6 +71,7 @@ app.command("bench")(bench.command)
 app.command("list")(list_.command)
 app.command("doctor")(doctor.command)
 app.command("verify")(verify.command)
+app.command("completion")(completion.command)
 
 
 def _version(asked: bool) -> None:
@@ -111,6 +115,8 @@ def invoke(arguments: list[str]) -> int:
     session = Session()
     try:
         _refuse_what_is_no_text(arguments)
+        if completion.answers():
+            return _answer_the_shell()
         app(args=arguments, prog_name="nsae", standalone_mode=False, obj=session)
         sys.stdout.flush()
     except BaseException as error:
@@ -118,6 +124,15 @@ def invoke(arguments: list[str]) -> int:
             silence_stdout()
         log = failures.save_traceback(error, session.workspace.root)
         return failures.report(error, debug="--debug" in arguments, log=log)
+    return failures.EXIT_DONE
+
+
+def _answer_the_shell() -> int:
+    """Completes the line that the shell has put into the environment."""
+    try:
+        app(args=[], prog_name="nsae", standalone_mode=False)
+    except SystemExit as done:
+        return int(done.code or 0)
     return failures.EXIT_DONE
 
 

@@ -71,11 +71,12 @@ def command(
         bool | None,
         typer.Option(
             "--centre/--no-centre",
-            help="It was trained on activations without their mean over d_in [default: found out].",
+            help="Whether it was trained on activations without their mean over d_in [default: found out].",
         ),
     ] = None,
     reference: Annotated[
-        str | None, typer.Option(metavar="SAE", help="An SAE on the same hook to compare nbi with (nbi_rel).")
+        str | None,
+        typer.Option(metavar="SAE", help="SAE on the same hook, to compare the norm-bias index (nbi) with."),
     ] = None,
     model_dtype: ModelDType = "fp32",
     device: Device = "auto",

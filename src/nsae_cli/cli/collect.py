@@ -72,7 +72,7 @@ def command(
         bool, typer.Option("--bos/--no-bos", help="Each context starts with the beginning-of-text token.")
     ] = True,
     batch_size: ContextsPerPass = None,
-    dtype: Annotated[str, typer.Option(metavar="fp16|bf16|fp32", help="Storage.")] = "fp16",
+    dtype: Annotated[str, typer.Option(metavar="fp16|bf16|fp32", help="How vectors are stored.")] = "fp16",
     model_dtype: Annotated[
         str, typer.Option(metavar="auto|fp16|bf16|fp32", help="Computation; auto is bf16 on CUDA, else fp32.")
     ] = "auto",

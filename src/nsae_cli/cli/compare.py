@@ -31,7 +31,7 @@ def command(
 ) -> None:
     """Compare SAEs at matched L0, seed by seed.
 
-    Table, paired differences with two intervals, predictions checked, a conclusion. Reads what `nsae eval` found where
+    Table, paired differences with two intervals, predictions checked, a conclusion. Reads what nsae eval found where
     it was run. Writes tables/NAME: table.md, table.json and figures.
     """
     from nsae_cli.analysis.comparison import CompareOptions

@@ -71,7 +71,7 @@ class ConsoleReporter:
 
     def __init__(self, verbosity: int = 0) -> None:
         self._quiet, self._verbose = verbosity < 0, verbosity > 0
-        self._console = Console(file=cast("IO[str]", _Stderr()), highlight=False, soft_wrap=True)
+        self._console = Console(file=cast("IO[str]", _Stderr()), highlight=False, soft_wrap=True, force_jupyter=False)
         self._started = time.monotonic()
 
     def note(self, text: str) -> None:
@@ -181,7 +181,8 @@ def print_result(renderable: RenderableType, *, one_line_each: bool = False) -> 
             Console(highlight=False).print(renderable)
         return
     width = _LIST_WIDTH if one_line_each else max(_PLAIN_WIDTH, shutil.get_terminal_size((_PLAIN_WIDTH, 24)).columns)
-    console = Console(width=width, highlight=False, file=io.StringIO())
+    # In a notebook rich would show the text itself, in a cell output of its own, and colour what is captured here.
+    console = Console(width=width, highlight=False, file=io.StringIO(), force_jupyter=False)
     with console.capture() as capture:
         console.print(renderable)
     # rich fills lines up with spaces, which a file need not keep.

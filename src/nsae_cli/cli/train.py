@@ -46,7 +46,7 @@ def command(
         str,
         typer.Option(
             metavar="plain|mean-one|permuted",
-            help="* These weights as they are; or, as controls, of equal mean in every batch, or shuffled among rows.",
+            help="* Weights by norm as they are; or, as controls, of equal mean per batch, or shuffled among rows.",
         ),
     ] = "plain",
     decoder: Annotated[
@@ -102,7 +102,9 @@ def command(
     expansion_factor: Annotated[
         str | None, typer.Option(metavar="FLOAT", help="* Features per dimension [default: 8].")
     ] = None,
-    d_sae: Annotated[str | None, typer.Option(metavar="SIZE", help="* Number of features instead.")] = None,
+    d_sae: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="* Number of features, instead of --expansion-factor.")
+    ] = None,
     layers: Annotated[
         str | None,
         typer.Option(
@@ -140,7 +142,7 @@ def command(
     buffer: Annotated[
         str, typer.Option(metavar="SIZE", help="Rows that are mixed in memory at a time; bounds host memory.")
     ] = "524288",
-    seed: Annotated[str, typer.Option(metavar="INT", help="* Of data order, initialisation and noise.")] = "0",
+    seed: Annotated[str, typer.Option(metavar="INT", help="* Seed of data order, initialisation and noise.")] = "0",
     revision: Annotated[str | None, _harvest("REV", "Branch, tag or commit of a hub model.")] = None,
     corpus: Annotated[str | None, _harvest("ID|FILE|DIR|builtin", "Text [default: by the model].")] = None,
     corpus_config: Annotated[str | None, _harvest("NAME", "Configuration of a hub data set.")] = None,
@@ -182,11 +184,18 @@ def command(
         str | None,
         typer.Option(
             metavar="BYTES",
-            help="For weights and mixed rows, such as 8G; more SAEs train in waves [default: 80% free].",
+            help="Memory for weights and mixed rows, as 8G; what does not fit trains in waves [default: 80% free].",
         ),
     ] = None,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Only deterministic kernels (CUDA).")] = False,
     checkpoint_every: Annotated[str, typer.Option(metavar="TIME|STEPS", help="How often to save a checkpoint.")] = "5m",
+    log_to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="wandb|tensorboard|trackio",
+            help="Also send metrics.jsonl's records to these trackers, a comma list.",
+        ),
+    ] = None,
     name: Name = None,
 ) -> None:
     """Train sparse autoencoders on a store or a model.

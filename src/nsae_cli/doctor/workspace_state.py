@@ -99,8 +99,11 @@ def _artifacts(workspace: Workspace) -> Check:
 
 
 def _locks(root: Path) -> Iterator[Check]:
-    """Lock files, ``.NAME.lock`` beside artifacts' folders: held ones belong to a command that writes."""
-    files = [path for pattern in ("*/.*.lock", "*/*/.*.lock") for path in root.glob(pattern)]
+    """Lock files, ``.NAME.lock`` beside artifacts' folders: held ones belong to a command that writes.
+
+    Those of workers that share a store, ``.NAME.lock-1-of-3``, too.
+    """
+    files = [path for pattern in ("*/.*.lock", "*/.*.lock-*", "*/*/.*.lock") for path in root.glob(pattern)]
     if not files:
         return
     held = _held_inodes()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -14,7 +14,7 @@ _CHUNK = 32
 _POLL_SECONDS = 0.2
 
 
-def ahead(items: Iterable[T], most: int) -> Iterator[T]:
+def ahead(items: Iterable[T], most: int) -> Generator[T, None, None]:
     """The same items in the same order, made by a thread about `most` ahead of their use.
 
     What making an item raises is raised where the item would have come. Tokenizing releases Python's lock, so that it

@@ -295,8 +295,8 @@ def _run(job: Job, turn: Turn, reporter: Reporter) -> Manifest | None:
         # Shards hold whole batches, so leaving some shards out moves no border of the others' batches.
         share = Share(contexts, job.plan.shard_contexts, writer.makes)
         # Each worker tokenizes the whole corpus, which must not hold up its own part of the harvest.
-        own = iter(share) if worker.alone else ahead(share, job.plan.shard_contexts)
-        with job.threads:
+        walked = iter(share) if worker.alone else ahead(share, job.plan.shard_contexts)
+        with job.threads, contextlib.closing(walked) as own:
             buffer = ShardBuffer(job.plan.shard_contexts, job.request.resolved.context)
             write_shards(job.harvest(own), writer, buffer, job.plan.rows, reporter)
         writer.wait()
@@ -311,7 +311,8 @@ def _run(job: Job, turn: Turn, reporter: Reporter) -> Manifest | None:
     except BaseException as error:
         writer.abandon()
         if isinstance(error, Interrupted):
-            on_disk = f"{writer.durable_shards} shards of {artifact.name} are on disk"
+            kept = writer.durable_shards
+            on_disk = f"{shards_text(kept)} of {artifact.name} {'is' if kept == 1 else 'are'} on disk"
             raise Interrupted(error.signum, f"stopped; {on_disk}, the same command goes on from there") from error
         raise
     spent = {"device": str(job.request.device), "seconds": round(time.perf_counter() - started, 3)}

@@ -7,7 +7,7 @@ neither a shard's rows nor the borders of its batches depend on how many workers
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -37,7 +37,7 @@ class Share:
     makes: Callable[[int], bool]
     seen: int = field(init=False, default=0)
 
-    def __iter__(self) -> Iterator[Context]:
+    def __iter__(self) -> Generator[Context, None, None]:
         for context in self.contexts:
             shard = self.seen // self.shard_contexts
             self.seen += 1

@@ -130,6 +130,8 @@ def look(path: Path, *, remove: bool = False) -> tuple[State | None, Holder | No
         path: the file.
         remove: remove it if its process was killed.
     """
+    if not os.path.lexists(path):
+        return None, None
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:

@@ -16,6 +16,7 @@ from nsae_cli import catalogue
 from nsae_cli.device import choose_device, one_thread_if_small
 from nsae_cli.kernels import scratch
 from nsae_cli.kernels.select import Choice, choose
+from nsae_cli.launch import placement
 from nsae_cli.reporter import Reporter, SilentReporter
 from nsae_cli.sae.objective import ERROR_TERMS
 from nsae_cli.store import commit
@@ -27,11 +28,12 @@ from nsae_cli.training.checkpoint import Checkpoint
 from nsae_cli.training.environment import changes_of_environment, environment
 from nsae_cli.training.finish import finish_cell
 from nsae_cli.training.options import TrainOptions
-from nsae_cli.training.plan import ENVIRONMENT, GROUP, TrainPlan, find_finished, make_plan
+from nsae_cli.training.plan import ENVIRONMENT, GROUP, TRACKERS, TrainPlan, find_finished, make_plan
 from nsae_cli.training.probe import make_probes
 from nsae_cli.training.setup import HeldOutSample, hooks_by_stream, make_cells, make_streams, profile_hooks
 from nsae_cli.training.source import TrainingSource
 from nsae_cli.training.steps import StepLoop
+from nsae_cli.training.trackers import Trackers
 from nsae_cli.training.waves import plan_memory
 
 
@@ -73,12 +75,18 @@ def train(
         return TrainResult(plan.name, artifacts, [finished[cell] for cell in plan.configs], already_complete=True)
     with workspace.writing(plan.folder, reporter):
         # Looked at again: another process may have trained on just now.
-        runs = _train_unfinished(plan, find_finished(plan), options, reporter)
+        tracked = options.log_to if placement().rank == 0 else []
+        with Trackers(tracked, plan.name, workspace.root, reporter) as trackers:
+            runs = _train_unfinished(plan, find_finished(plan), options, trackers, reporter)
     return TrainResult(plan.name, artifacts, runs, already_complete=False)
 
 
 def _train_unfinished(
-    plan: TrainPlan, finished: dict[str, dict[str, Any]], options: TrainOptions, reporter: Reporter
+    plan: TrainPlan,
+    finished: dict[str, dict[str, Any]],
+    options: TrainOptions,
+    trackers: Trackers,
+    reporter: Reporter,
 ) -> list[dict[str, Any]]:
     """Trains the cells that are not finished; run.json of all cells, in the plan's order."""
     if options.deterministic:
@@ -94,7 +102,7 @@ def _train_unfinished(
             one_thread_if_small(plan.largest_product, device) as side_by_side,
             CellPool(min(side_by_side, len(plan.configs))) as pool,
         ):
-            return _Run(plan, kernel, pool, options, reporter).complete(finished)
+            return _Run(plan, kernel, pool, options, trackers, reporter).complete(finished)
     except torch.OutOfMemoryError as error:
         raise catalogue.OUT_OF_MEMORY(
             f"out of memory on {device.type} while training; lower --batch-size or --d-sae or train fewer cells"
@@ -125,13 +133,20 @@ class _Run:
         kernel: what they step with, and on which device.
         pool: how they share the processor.
         options: as given.
+        trackers: what else follows the training.
         reporter: for remarks and progress.
     """
 
     def __init__(
-        self, plan: TrainPlan, kernel: Choice, pool: CellPool, options: TrainOptions, reporter: Reporter
+        self,
+        plan: TrainPlan,
+        kernel: Choice,
+        pool: CellPool,
+        options: TrainOptions,
+        trackers: Trackers,
+        reporter: Reporter,
     ) -> None:
-        self._plan, self._kernel, self._pool = plan, kernel, pool
+        self._plan, self._kernel, self._pool, self._trackers = plan, kernel, pool, trackers
         self._options, self._reporter = options, reporter
         self._profiles: dict[str, HookProfile] = {}
 
@@ -158,11 +173,13 @@ class _Run:
     def _begin(self) -> None:
         """Records what the run trains and where; says if what is there was begun elsewhere."""
         checkpoints, now = self._plan.checkpoints, environment(self._kernel.device)
+        earlier = checkpoints.configs() or {}
         if checkpoints.steps():
-            changes = changes_of_environment((checkpoints.configs() or {}).get(ENVIRONMENT), now)
+            changes = changes_of_environment(earlier.get(ENVIRONMENT), now)
             if changes is not None:
                 self._reporter.warn(f"resume is not bit-exact: {changes}")
-        checkpoints.begin({**self._plan.identity(), ENVIRONMENT: now})
+        tracked = self._trackers.begin(list(self._plan.configs), earlier.get(TRACKERS))
+        checkpoints.begin({**self._plan.identity(), ENVIRONMENT: now, **({TRACKERS: tracked} if tracked else {})})
 
     def _train_wave(
         self, checkpoint: Checkpoint | None, left: list[str], runs: dict[str, dict[str, Any]]
@@ -183,7 +200,7 @@ class _Run:
         every, device = self._options.checkpoint_every, self._kernel.device
         probes = make_probes(plan, cells, self._profiles, device)
         held_out = HeldOutSample(plan, self._profiles, device)
-        loop = StepLoop(plan, cells, streams, probes, device, self._pool, every, reporter, held_out)
+        loop = StepLoop(plan, cells, streams, probes, device, self._pool, every, reporter, held_out, self._trackers)
         started = time.monotonic()
         first_step = loop.restore(checkpoint)
         loop.run(first_step)

@@ -17,6 +17,7 @@ from nsae_cli.sae.objective import DEFAULT_ALPHA, DEFAULT_DECODER, DEFAULT_SPARS
 from nsae_cli.training.resample import first_resampling
 from nsae_cli.training.row_weights import RowWeights
 from nsae_cli.training.schedule import probe_interval
+from nsae_cli.training.trackers import LogTo
 from nsae_cli.values import Fraction, Size, parse_fraction, parse_size, split_list
 
 Act = Literal["relu", "tanh-relu", "topk", "batchtopk", "jumprelu"]
@@ -140,6 +141,7 @@ class TrainOptions(BaseModel):
     max_memory: Size | None = Field(None, gt=0, description="bytes that weights and mixed rows may take")
     deterministic: bool = False
     checkpoint_every: Annotated[str | int, BeforeValidator(parse_interval)] = "300s"
+    log_to: LogTo = Field([], description="trackers that are fed with what metrics.jsonl gets")
 
     @field_validator("clip", mode="before")
     @classmethod
@@ -357,7 +359,7 @@ def _cell_name(cell: CellConfig, options: TrainOptions, hook_names: dict[str, st
     prefixed |= {"seed": "seed", "target_l0": "l0_"}
     for field in TrainOptions.model_fields:
         value = getattr(options, field)
-        if field == "layers" or not isinstance(value, list) or len(value) < 2:
+        if field in ("layers", "log_to") or not isinstance(value, list) or len(value) < 2:
             continue
         if cell.act not in _BELONGS_TO.get(field, cell.act):
             continue

@@ -24,6 +24,8 @@ from nsae_cli.training.source import TrainingSource
 GROUP = "group.json"
 #: Key of begun.json: where the run was begun. No part of what it is.
 ENVIRONMENT = "environment"
+#: Key of begun.json: what the trackers of `--log-to` know the SAEs as. No part of what they are.
+TRACKERS = "trackers"
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def _full(config: Any) -> Any:
 
 def _inputs(earlier: dict[str, Any]) -> dict[str, Any]:
     """The inputs in an identity, or in a group.json."""
-    others = ("cells", "format_version", CHECKSUM, ENVIRONMENT)
+    others = ("cells", "format_version", CHECKSUM, ENVIRONMENT, TRACKERS)
     return {key: value for key, value in earlier.items() if key not in others}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +75,19 @@ class MetricsLog:
     Args:
         path: the file.
         content: what the file held at the checkpoint that the run goes on from; empty to begin anew.
+        also: takes every record that is appended too.
     """
 
-    def __init__(self, path: Path, content: bytes) -> None:
-        self._path = path
+    def __init__(self, path: Path, content: bytes, also: Callable[[dict[str, Any]], None] | None = None) -> None:
+        self._path, self._also = path, also
         with disk_errors(path):
             path.write_bytes(content)
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds a line."""
         append_log(self._path, to_json(record, indent=None))
+        if self._also is not None:
+            self._also(record)
 
     def content(self) -> bytes:
         """All lines so far, for a checkpoint."""

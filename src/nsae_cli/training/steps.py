@@ -24,6 +24,7 @@ from nsae_cli.training.records import MetricsLog, step_record
 from nsae_cli.training.schedule import is_logged
 from nsae_cli.training.setup import HeldOutSample, initialise_cells, stream_key
 from nsae_cli.training.source import StreamKey, TrainingStream
+from nsae_cli.training.trackers import Trackers
 
 
 class StepLoop:
@@ -40,8 +41,9 @@ class StepLoop:
         checkpoint_every: str | int,
         reporter: Reporter,
         held_out: HeldOutSample,
+        trackers: Trackers,
     ) -> None:
-        self._held_out = held_out
+        self._held_out, self._trackers = held_out, trackers
         self._plan, self._cells, self._streams, self._probes = plan, cells, streams, probes
         self._device, self._pool, self._reporter = device, pool, reporter
         self._clock = _CheckpointClock(checkpoint_every)
@@ -60,7 +62,10 @@ class StepLoop:
             initialise_cells(self._cells, self._streams)
         for name, cell in self._cells.items():
             content = b"" if checkpoint is None else self._load(checkpoint, name, cell)
-            self._logs[name] = MetricsLog(self._plan.cell_folder(name) / "metrics.jsonl", content)
+            step = 0 if checkpoint is None else checkpoint.step
+            artifact, config = self._plan.artifact(name), cell.config.model_dump()
+            tracked = self._trackers.follow(name, artifact.name, config, step, content)
+            self._logs[name] = MetricsLog(artifact.path / "metrics.jsonl", content, tracked)
         self._note_stream_states()
         if checkpoint is None:
             return 0
@@ -112,6 +117,8 @@ class StepLoop:
                 self._step(taken, compared, step, task)
                 task.advance(plan.batch_size)
             self._writer.save(plan.steps, *self._state(plan.steps, copy=False))
+        for name in self._cells:
+            self._trackers.leave(name)
 
     def _stopped(self, step: int, signum: int) -> Interrupted:
         """Saves a checkpoint of `step`; returns what is to be raised."""
