@@ -1,4 +1,4 @@
-"""nsae: train sparse autoencoders on a GPT-2's residual stream and measure what high-norm tokens do to them.
+"""nsae: train sparse autoencoders on a language model's residual stream and measure what high-norm tokens do to them.
 
 From Python: `load_sae(folder)` opens a finished SAE (encode, decode, forward), `open_activations(folder)` a store.
 """

@@ -213,7 +213,7 @@ def test_another_context_length_and_another_beginning_are_said(workspace):
     outcome = nsae("--workspace", workspace, "audit", sae, *options)
     assert outcome.code == 0, outcome.err
     assert "measured on contexts of 128 tokens, it was trained on 64" in outcome.err
-    assert "trained without <|endoftext|> at the start of each context and is measured with" in outcome.err
+    assert "trained without the BOS token at the start of each context and is measured with" in outcome.err
     own = audit(workspace, sae, *TEXT, "--no-behaviour", "--name", "short-own")
     assert (own["rows"]["context_size"], own["rows"]["bos"], own["warnings"]) == (64, False, [])
 
@@ -245,13 +245,13 @@ def test_a_centred_sae_is_unchanged_on_centred_rows(workspace):
 @pytest.mark.parametrize(
     ("metadata", "options", "code", "message"),
     [
-        ({"hook_name": "blocks.2.hook_mlp_out"}, (), 3, "reads blocks.2.hook_mlp_out; give an SAE of the residual"),
+        ({"hook_name": "blocks.2.attn.hook_z"}, (), 3, "reads blocks.2.attn.hook_z; give an SAE of the residual"),
         ({"hook_name": "blocks.9.hook_resid_pre"}, (), 3, "mini-sink has layers 0-3"),
         ({"hook_name": None}, (), 2, "does not say where it reads; name the hook, as --hook"),
         ({"model_name": None}, (), 2, "does not say which model it was trained on; name it with --model"),
         ({"context_size": 1024}, (), 2, "was trained on contexts of 1024 tokens, mini-sink reads at most 128"),
         ({}, ("--context", "256"), 2, "--context 256: mini-sink reads at most 128"),
-        ({}, ("--hook", "blocks.1.mlp"), 2, "--hook blocks.1.mlp: expected the residual stream"),
+        ({}, ("--hook", "blocks.1.mlp"), 2, "--hook blocks.1.mlp: expected blocks.0.hook_resid_post, for any"),
         ({}, ("--activations", "acts", "--corpus", "x"), 2, "--corpus says how to run the model on a text"),
         ({}, ("--bins", "--no-behaviour"), 2, "--bins is about the model's behaviour"),
         ({"hook_name": "blocks.1.hook_resid_post"}, ("--activations", "acts"), 3, "acts holds blocks.2"),

@@ -61,7 +61,7 @@ USAGE: list[tuple[str, list[str]]] = [
     ("train --device gpu", ["--device gpu", "auto, cpu, cuda, cuda:N or mps"]),
     ("collect --model mini --dtype float16", ["--dtype float16", "fp16, bf16 or fp32"]),
     ("collect --model mini --model-dtype x", ["--model-dtype x", "auto", "fp16, bf16 or fp32"]),
-    ("collect --model mini --site mid", ["--site mid", "resid_post or resid_pre"]),
+    ("collect --model mini --site mid", ["--site mid", "resid_post, resid_pre, resid_mid, attn_out or mlp_out"]),
     ("collect --model mini --norms few", ["--norms few", "all or stored"]),
     ("collect --model mini --split foo", ["--split foo", "train, heldout"]),
     # numbers

@@ -123,7 +123,7 @@ def test_analysis_needs_a_store_and_says_which(live: Path, tmp_path: Path) -> No
         (("--corpus", "builtin"), "--corpus: only with --from-model"),
         (("acts", "--no-packing", "--context", "16"), "--context, --packing: only with --from-model"),
         (("--harvest-batch-size", "4"), "--harvest-batch-size: only with --from-model"),
-        (("--from-model", "mini", "--site", "mlp"), "--site mlp: expected resid_post or resid_pre"),
+        (("--from-model", "mini", "--site", "mlp"), "--site mlp: expected resid_post, resid_pre, resid_mid,"),
         (("--from-model", "mini", "--context", "1"), "--context 1: expected at least 2"),
         (("--from-model", "mini", "--layers", "7"), "layer 7: mini has 0-3"),
         (("--from-model", "mini", "--revision", "main"), "--revision main: mini is no hub model"),

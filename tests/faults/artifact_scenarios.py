@@ -213,7 +213,7 @@ def _(place: Place) -> list[Any]:
 
 @scenario("HOOK_UNSUPPORTED")
 def _(place: Place) -> list[Any]:
-    metadata = {"sae_lens_version": "6.0.0", "hook_name": "blocks.1.hook_mlp_out", "model_name": "gpt2"}
+    metadata = {"sae_lens_version": "6.0.0", "hook_name": "blocks.1.attn.hook_z", "model_name": "gpt2"}
     return ["audit", place.golden("saelens6-standard", metadata=metadata)]
 
 

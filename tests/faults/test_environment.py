@@ -17,7 +17,7 @@ from command import Outcome, contents, nsae
 _MAIN = "from nsae_cli.cli.app import main; main()"
 #: Ends the process with a code of its own as soon as weights are loaded.
 _NO_MODEL = "import os; from nsae_cli.lm import collect; collect.load_model = lambda *a, **k: os._exit(99)"
-_NO_TOKENIZER = "import os; from nsae_cli.lm import collect; collect.load_tokenizer = lambda *a, **k: os._exit(98)"
+_NO_TOKENIZER = "import os; from nsae_cli.lm import collect; collect.load_tokenizer_for = lambda *a, **k: os._exit(98)"
 COLLECT = ("collect", "--model", "mini", "--tokens", "4k", "--device", "cpu", "--name", "s")
 
 

@@ -140,7 +140,7 @@ def _(place: Place) -> list[Any]:
 @scenario("MODEL_FAMILY")
 def _(place: Place) -> list[Any]:
     folder = place.model()
-    edit(folder / "config.json", model_type="llama")
+    edit(folder / "config.json", model_type="mamba")
     return ["collect", "--model", folder]
 
 

@@ -73,8 +73,22 @@ def test_loading_says_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -
 
 
 def test_unknown_family_names_the_table(folder: Path) -> None:
-    edit_config(folder, model_type="llama")
-    with pytest.raises(UsageError, match=r"family 'llama' is not supported; known families: gpt2 .*FAMILIES"):
+    edit_config(folder, model_type="mamba")
+    known = "gpt2, gpt_neox, llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text, opt"
+    with pytest.raises(UsageError, match=rf"family 'mamba' is not supported; known families: {known} .*FAMILIES"):
+        inspect_model(str(folder))
+
+
+def test_models_that_read_more_than_text(folder: Path) -> None:
+    edit_config(folder, model_type="gemma3", text_config={"model_type": "gemma3_text"})
+    with pytest.raises(UsageError, match=r"'gemma3' reads more than text, .*save its language model on its own"):
+        inspect_model(str(folder))
+
+
+@pytest.mark.parametrize("option", [{"use_bidirectional_attention": True}, {"is_causal": False}])
+def test_models_that_look_ahead(folder: Path, option: dict[str, object]) -> None:
+    edit_config(folder, **option)
+    with pytest.raises(UsageError, match="no causal language model"):
         inspect_model(str(folder))
 
 

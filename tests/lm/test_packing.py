@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nsae_cli.errors import UsageError
 from nsae_cli.lm.packing import Layout, Packer
 
 SEPARATOR = 9
@@ -97,6 +99,43 @@ def test_packing_a_worked_example() -> None:
         [(9, 0, 0), (3, 1, 0), (9, 2, 1), (9, 3, 2)],
     ]
     assert (found.dropped_tokens, found.dropped_documents) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "contexts", "dropped"),
+    [
+        # Stream: 9 1 2 3 4 | 9 5 -> 9 1 2 | 3 4 9 | 5; no second separator where one stands.
+        ({"packing": True, "bos": True}, [[9, 9, 1, 2], [9, 3, 4, 9]], (1, 0)),
+        ({"packing": True, "bos": False}, [[9, 1, 2, 3], [4, 9, 9, 5]], (0, 0)),
+        ({"packing": False, "bos": True}, [[9, 1, 2, 3], [9, 4], [9, 5]], (0, 1)),
+        ({"packing": False, "bos": False}, [[9, 1, 2, 3], [4], [9], [9, 5]], (0, 0)),
+    ],
+)
+def test_documents_that_begin_with_the_separator(
+    options: dict[str, bool], contexts: list[list[int]], dropped: tuple[int, int]
+) -> None:
+    found = pack([[9, 1, 2, 3, 4], [9], [9, 5]], batch=2, context=4, tokens=None, **options)
+    if options == {"packing": True, "bos": True}:  # the stream is 9 1 2 | 3 4 9 | 9 5
+        assert (found.dropped_tokens, found.dropped_documents) == (2, 1)
+    else:
+        assert (found.dropped_tokens, found.dropped_documents) == dropped
+    assert [[token for token, _, _ in context] for context in found.contexts] == contexts
+
+
+def test_rows_that_are_contexts_already() -> None:
+    rows = [[9, 1, 2], [], [9, 3, 4, 5, 6], [9]]
+    options = {"batch": 2, "context": 4, "packing": False, "tokens": None, "rows_are_contexts": True}
+    found = pack(rows, bos=True, **options)  # type: ignore[arg-type]
+    assert [[token for token, _, _ in context] for context in found.contexts] == [[9, 1, 2], [9, 3, 4, 5], [9]]
+    assert [context[0][2] for context in found.contexts] == [0, 2, 3]
+    assert (found.dropped_tokens, found.dropped_documents) == (1, 1)
+    limited = pack(rows, bos=True, **{**options, "tokens": 7})  # type: ignore[arg-type]
+    assert len(limited.contexts) == 2
+    assert limited.dropped_tokens == 1
+    other = pack([[9, 1], [2, 3]], bos=False, **options)  # type: ignore[arg-type]
+    assert [[token for token, _, _ in context] for context in other.contexts] == [[9, 1], [2, 3]]
+    with pytest.raises(UsageError, match=r"--bos: row 1 .* begins with token 2, .* token 9, .*give --no-bos"):
+        pack([[9, 1], [2, 3]], bos=True, **options)  # type: ignore[arg-type]
 
 
 def test_no_packing_a_worked_example() -> None:

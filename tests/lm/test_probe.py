@@ -6,13 +6,15 @@ import json
 
 import pytest
 import torch
+from own_forward import own_forward
 from tiny_gpt2 import D_MODEL, N_LAYERS, build_model
+from tiny_models import TINY
 from torch import Tensor
 
 from nsae_cli import interrupt
 from nsae_cli.errors import Interrupted
 from nsae_cli.lm.families import FAMILIES
-from nsae_cli.lm.probe import ProbeSubject, probe_sinks
+from nsae_cli.lm.probe import ProbeSubject, _NormRunner, probe_sinks
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -58,6 +60,21 @@ def test_planted_cause_is_found(cause: str) -> None:
     assert found["as_is"]["position0"] == pytest.approx(1000, rel=0.1)
     assert found["as_is"]["ratio"] == pytest.approx(found["as_is"]["position0"] / found["as_is"]["elsewhere"])
     assert found["bos"] == found["as_is"], "these contexts start with <|endoftext|> already"
+
+
+def test_another_position_in_a_family_whose_embedding_begins_later() -> None:
+    """OPT's position 0 is row 2 of its table."""
+    model = TINY["opt"].build()
+    own = own_forward(model, "opt")
+    contexts = torch.randint(1, 257, (2, 8), generator=torch.Generator().manual_seed(0))
+    subject = ProbeSubject(model, FAMILIES["opt"], 0, torch.arange(1, 257))
+    found = _NormRunner(subject, (0, 2), "resid_mid").norms_with_position(contexts, 5)
+    table = own.weights["decoder.embed_positions.weight"]
+    table[2] = table[2 + 5]
+    for row, context in enumerate(contexts):
+        sites = own.run(context.tolist()).sites
+        expected = torch.stack([sites[layer, "resid_mid"].norm(dim=1) for layer in (0, 2)])
+        torch.testing.assert_close(found[:, row].double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_no_sink_no_verdict() -> None:

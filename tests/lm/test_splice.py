@@ -103,7 +103,7 @@ def test_the_blocks_come_back_after_an_error(model: GPT2LMHeadModel, ids: torch.
 
 
 @pytest.mark.parametrize(
-    "hook", ["blocks.3.hook_resid_post", "blocks.1.hook_mlp_out", "h.1", "blocks.-1.hook_resid_pre"]
+    "hook", ["blocks.3.hook_resid_post", "blocks.1.attn.hook_z", "h.1", "blocks.-1.hook_resid_pre"]
 )
 def test_a_hook_that_is_not_there_is_refused(hook: str) -> None:
     with pytest.raises(ArtifactError, match=r"layers 0-2|nsae splices at"):

@@ -86,7 +86,7 @@ def test_tokens_show_their_white_space() -> None:
 def test_the_source_says_what_was_not_recorded() -> None:
     assert fmt.source_line(None) == "context length and packing not recorded"
     assert fmt.source_line({"context_size": 128, "packing": True, "bos": True}) == (
-        "context 128, packed, each context begins with <|endoftext|>"
+        "context 128, packed, each context begins with the BOS token"
     )
     assert (
         fmt.source_line({"context_size": 1024, "packing": None, "bos": None}) == "context 1,024, packing not recorded"
@@ -96,7 +96,7 @@ def test_the_source_says_what_was_not_recorded() -> None:
         {"context_size": 9, "packing": False, "bos": True},
     )
     assert merged == {"context_size": 128, "packing": False, "bos": True, "embedded_note": "placed"}
-    assert fmt.source_line(merged).endswith("each context begins with <|endoftext|>, placed")
+    assert fmt.source_line(merged).endswith("each context begins with the BOS token, placed")
 
 
 def test_labels_lose_what_they_share_and_stay_distinct() -> None:

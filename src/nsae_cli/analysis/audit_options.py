@@ -15,6 +15,11 @@ def _tokens(value: Any) -> Any:
     return value if value == "all" or value is None else parse_size(value)
 
 
+_ONLY_OF_A_TEXT = (
+    "corpus", "corpus_config", "split", "text_column", "chat_column", "tokens_column", "context", "bos",
+)  # fmt: skip
+
+
 class AuditOptions(BaseModel):
     """Options of audit."""
 
@@ -28,11 +33,15 @@ class AuditOptions(BaseModel):
     corpus_config: str | None = Field(None, description="configuration of a hub data set")
     split: str | None = Field(None, description="split of the built-in corpus or of a hub data set")
     text_column: str | None = Field(None, description="column that holds the text (default text)")
+    chat_column: str | None = Field(None, description="column that holds messages, for the model's chat template")
+    tokens_column: str | None = Field(None, description="column that holds token ids, used as they are")
     tokens: Annotated[int | Literal["all"], BeforeValidator(_tokens)] = Field(
         100_000, description="most rows to measure, or all"
     )
     context: Size | None = Field(None, ge=2, description="tokens per context (default that of the SAE)")
-    bos: bool | None = Field(None, description="each context starts with <|endoftext|> (default as the SAE's)")
+    bos: bool | None = Field(
+        None, description="each context starts with the beginning-of-text token (default as the SAE's)"
+    )
     top: Fraction = Field(0.01, gt=0, le=0.5, description="share of the rows in the top and in the bottom group")
     behaviour: bool = Field(True, description="measure what splicing it in costs the model")
     bins: bool = Field(False, description="measure that per norm bin too: eleven more passes of the model")
@@ -45,9 +54,7 @@ class AuditOptions(BaseModel):
 
     @model_validator(mode="after")
     def _one_source_of_rows(self) -> AuditOptions:
-        clash = [
-            key for key in ("corpus", "corpus_config", "split", "context", "bos") if getattr(self, key) is not None
-        ]
+        clash = [key for key in _ONLY_OF_A_TEXT if getattr(self, key) is not None]
         if self.activations is not None and clash:
             raise ValueError(
                 f"--{clash[0].replace('_', '-')} says how to run the model on a text, --activations not to; "

@@ -14,12 +14,13 @@ from nsae_cli.errors import NsaeError
 from nsae_cli.interop.foreign import ForeignSae, hub_model
 from nsae_cli.lm.config import DEFAULT_CONTEXT, CollectConfig, resolve
 from nsae_cli.lm.corpus import open_corpus
-from nsae_cli.lm.layers import hook_name, parse_hook
+from nsae_cli.lm.layers import SITES, hook_name, parse_hook
 from nsae_cli.lm.loading import DTypeName, ModelInfo, choose_model_dtype, inspect_model
 from nsae_cli.lm.packing import Layout
 from nsae_cli.lm.splice import require_hook
 from nsae_cli.lm.texts import Text, corpus_text, held_out_text
-from nsae_cli.lm.tokenizing import load_tokenizer
+from nsae_cli.lm.tokenizing import load_tokenizer_for
+from nsae_cli.reporter import SilentReporter
 from nsae_cli.store.manifest import describe_alterations
 from nsae_cli.store.shards import ActivationStore
 from nsae_cli.values import validate_options
@@ -30,7 +31,10 @@ _IDENTITY = (
     "text_column", "context", "bos", "model_dtype",
 )  # fmt: skip
 #: Options that collect has too.
-_OF_THE_TEXT = ("revision", "corpus", "corpus_config", "split", "text_column", "tokens", "model_dtype")
+_OF_THE_TEXT = (
+    "revision", "corpus", "corpus_config", "split", "text_column", "chat_column", "tokens_column", "tokens",
+    "model_dtype",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,18 +97,18 @@ def find_setting(found: ForeignSae, options: AuditOptions, store: ActivationStor
 
 def _hook(found: ForeignSae, options: AuditOptions) -> str:
     hook = options.hook or found.hook
-    first, last = hook_name(0, "resid_pre"), hook_name(0, "resid_post")
+    example, sites = hook_name(0, "resid_post"), ", ".join(SITES)
     if hook is None:
         raise catalogue.SOURCE_UNKNOWN(
-            f"{found.path.name} does not say where it reads; name the hook, as --hook {last}"
+            f"{found.path.name} does not say where it reads; name the hook, as --hook {example}"
         )
     if parse_hook(hook) is not None:
         return hook
     if options.hook is not None:
-        raise catalogue.OPTION_VALUE(f"--hook {hook}: expected the residual stream, {first} or {last} for any layer")
+        raise catalogue.OPTION_VALUE(f"--hook {hook}: expected {example}, for any layer and any of {sites}")
     raise catalogue.HOOK_UNSUPPORTED(
-        f"{found.path.name} reads {hook}; give an SAE of the residual stream ({first} or {last} for any layer), "
-        f"not of what attention or MLP write to it"
+        f"{found.path.name} reads {hook}; give an SAE of the residual stream or of what a block adds to it ({example}, "
+        f"for any layer and any of {sites})"
     )
 
 
@@ -134,7 +138,7 @@ def _in_text(found: ForeignSae, options: AuditOptions, hook: str) -> Setting:
     corpus = open_corpus(config.corpus_choice(info.embedded))
     device, _ = choose_device(options.device)
     resolved = resolve(config, info, corpus, device)
-    tokenizer = load_tokenizer(info)
+    tokenizer = load_tokenizer_for(corpus.content, info, SilentReporter())
     # Text that nsae trained it on is passed over; what others trained theirs on is not known.
     held_out = found.run is not None and corpus.name == found.dataset and context == found.context_size
     layout = Layout(context, True, bos, tokenizer.separator, None if held_out else resolved.row_limit)
@@ -151,13 +155,13 @@ def _in_text(found: ForeignSae, options: AuditOptions, hook: str) -> Setting:
         source="corpus",
         held_out=held_out,
         model_dtype=resolved.model_dtype,
-        identity={key: getattr(resolved, key) for key in _IDENTITY},
+        identity={key: getattr(resolved, key) for key in _IDENTITY} | corpus.other_column,
         warnings=warnings,
     )
 
 
 def _require_fit(found: ForeignSae, info: ModelInfo, hook: str) -> None:
-    require_hook(hook, info.n_layers, info.name)
+    require_hook(hook, info.n_layers, info.name, info.sites)
     if found.sae.d_in != info.d_model:
         raise catalogue.WIDTH_MISMATCH(
             f"{found.path.name} reads vectors of width {found.sae.d_in}, {info.name} has width {info.d_model}; "
@@ -188,7 +192,7 @@ def _changed(found: ForeignSae, context: int | None, bos: bool | None) -> list[s
         changes.append(f"it does not say on which context length it was trained; {context} is used here")
     if found.prepend_bos is not None and bos is not None and bos != found.prepend_bos:
         own, here = ("with", "without") if found.prepend_bos else ("without", "with")
-        changes.append(f"it was trained {own} <|endoftext|> at the start of each context and is measured {here}")
+        changes.append(f"it was trained {own} the BOS token at the start of each context and is measured {here}")
     return changes
 
 

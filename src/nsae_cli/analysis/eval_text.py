@@ -22,8 +22,8 @@ from nsae_cli.lm.loading import DTypeName, ModelInfo, inspect_model
 from nsae_cli.lm.packing import Layout
 from nsae_cli.lm.splice import require_hook
 from nsae_cli.lm.texts import Text, corpus_text, held_out_text
-from nsae_cli.lm.tokenizing import load_tokenizer
-from nsae_cli.reporter import Reporter
+from nsae_cli.lm.tokenizing import load_tokenizer_for
+from nsae_cli.reporter import Reporter, SilentReporter
 from nsae_cli.store.contexts import Contexts
 from nsae_cli.store.manifest import Manifest, describe_alterations
 from nsae_cli.store.profile import profile_hook
@@ -33,7 +33,9 @@ from nsae_cli.values import Size
 
 #: Tokens taken of a corpus where --tokens does not say how many.
 DEFAULT_TOKENS = 100_000
-_OF_A_CORPUS = ("corpus_config", "split", "text_column", "context", "packing", "bos")
+_OF_A_CORPUS = (
+    "corpus_config", "split", "text_column", "chat_column", "tokens_column", "context", "packing", "bos",
+)  # fmt: skip
 
 
 class EvalOptions(BaseModel):
@@ -48,9 +50,11 @@ class EvalOptions(BaseModel):
     corpus_config: str | None = Field(None, description="configuration of a hub data set")
     split: str | None = Field(None, description="split of the built-in corpus or of a hub data set")
     text_column: str | None = Field(None, description="column that holds the text (default text)")
+    chat_column: str | None = Field(None, description="column that holds messages, for the model's chat template")
+    tokens_column: str | None = Field(None, description="column that holds token ids, used as they are")
     context: Size | None = Field(None, ge=2, description="tokens per context")
     packing: bool | None = Field(None, description="documents share contexts")
-    bos: bool | None = Field(None, description="each context starts with <|endoftext|>")
+    bos: bool | None = Field(None, description="each context starts with the beginning-of-text token")
     batch_size: Size | None = Field(None, ge=1, description="contexts per forward pass (default by the device)")
     model_dtype: Literal["auto"] | DTypeName = Field("fp32", description="computation of the model")
     device: DeviceOption = Field("auto", description="where to compute")
@@ -138,9 +142,10 @@ class _CorpusSource:
         return f"corpus {self.corpus.name}"
 
     def read(self, info: ModelInfo, tokens: int | Literal["all"] | None) -> Text:
-        tokenizer = load_tokenizer(info)
+        tokenizer = load_tokenizer_for(self.corpus.content, info, SilentReporter())
         limit = None if tokens == "all" else tokens or DEFAULT_TOKENS
-        layout = Layout(self.context, self.packing, self.bos, tokenizer.separator, None)
+        as_they_are = self.corpus.content == "tokens" and not self.packing
+        layout = Layout(self.context, self.packing, self.bos, tokenizer.separator, None, as_they_are)
         return corpus_text(self.corpus, tokenizer, layout, held_out=self.held_out, tokens=limit)
 
 
@@ -334,7 +339,14 @@ class TextResolver:
     def _choice(self, sae: str, trained: Mapping[str, Any]) -> CorpusChoice:
         options = self._options
         if options.corpus is not None:
-            return CorpusChoice(options.corpus, options.corpus_config, options.split, options.text_column)
+            return CorpusChoice(
+                options.corpus,
+                options.corpus_config,
+                options.split,
+                options.text_column,
+                options.chat_column,
+                options.tokens_column,
+            )
         name = trained.get("name")
         # Of a file or folder only the base name is recorded.
         if name is None or (name != BUILTIN and (trained.get("sha256") is not None or not looks_like_hub_id(name))):
@@ -342,8 +354,10 @@ class TextResolver:
                 f"{sae} was trained on the model as it ran over {name or 'a corpus'}; say where that text is with "
                 f"--corpus, or give another one"
             )
-        column = None if name == BUILTIN else trained.get("text_column")
-        return CorpusChoice(name, trained.get("config"), trained.get("split"), column)
+        columns = {key: trained.get(key) for key in ("text_column", "chat_column", "tokens_column")}
+        if name == BUILTIN:
+            columns = {}
+        return CorpusChoice(name, trained.get("config"), trained.get("split"), **columns)
 
     def _corpus(self, choice: CorpusChoice) -> Corpus:
         if choice not in self._corpora:
@@ -382,7 +396,7 @@ class TextResolver:
     def _check_fit(sae: str, run: Mapping[str, Any], info: ModelInfo) -> None:
         hook = str(run["hook"])
         try:
-            require_hook(hook, info.n_layers, info.name)
+            require_hook(hook, info.n_layers, info.name, info.sites)
         except ArtifactError as error:
             error.reword(lambda message: f"{sae}: {message}")
             raise
@@ -404,6 +418,8 @@ def _model_identity(info: ModelInfo) -> dict[str, Any]:
 
 def _same_corpus(corpus: Corpus, trained: Mapping[str, Any]) -> bool:
     """Whether a corpus is the one trained on: by content where that is known, else by name, configuration and split."""
+    if corpus.other_column != {key: trained[key] for key in ("chat_column", "tokens_column") if trained.get(key)}:
+        return False
     if corpus.sha256 is not None and trained.get("sha256") is not None:
         return corpus.sha256 == trained["sha256"]
     return all(corpus.identity[key] == trained.get(key) for key in ("name", "config", "split")) and bool(trained)

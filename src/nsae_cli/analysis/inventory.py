@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from nsae_cli.errors import NsaeError
@@ -19,7 +20,7 @@ def take_inventory(workspace: Workspace) -> list[dict[str, Any]]:
             rows.append(_row(kind, artifact.name, status, workspace.size(artifact.path), shown))
         for folder in workspace.unfinished(kind):
             if kind is Kind.SAE and (foreign := _foreign(folder)) is not None:
-                rows.append(_row(kind, folder.name, "complete", folder, foreign))
+                rows.append(_row(kind, folder.name, "complete", workspace.size(folder), foreign))
                 continue
             # Stores come from collect or alter.
             command = "command" if kind is Kind.ACTIVATIONS else f"nsae {kind.command}"

@@ -8,13 +8,13 @@ import torch
 
 from nsae_cli import catalogue
 from nsae_cli.device import DeviceOption, choose_device
-from nsae_cli.lm.layers import Site
+from nsae_cli.lm.families import require_position_embedding
+from nsae_cli.lm.layers import parse_hook
 from nsae_cli.lm.loading import DTYPE_NAMES, choose_model_dtype, inspect_model, load_model
 from nsae_cli.lm.probe import ProbeSubject, probe_sinks
 from nsae_cli.lm.tokenizing import load_tokenizer
 from nsae_cli.reporter import Reporter
 from nsae_cli.store.shards import ActivationStore
-from nsae_cli.training.options import layer_of
 
 #: Contexts that are run again, under each change.
 PROBE_CONTEXTS = 128
@@ -29,7 +29,7 @@ def probe_store(
         model: where the model is; None for the name that the manifest records.
 
     Raises:
-        UsageError: the store records no model, tokens or positions.
+        UsageError: the store records no model, tokens or positions, or the model has no position embedding.
         ArtifactError: the model is not the one that the store was collected from.
         ResourceError: the model cannot be had.
     """
@@ -46,6 +46,11 @@ def probe_store(
         raise catalogue.MODEL_MISMATCH(
             f"--probe: {source} is not the model that {store.name} was collected from; give --model"
         )
+    require_position_embedding(info.family, info.name)
+    hooks = manifest.norm_hooks or manifest.hooks
+    places = [place for hook in hooks if (place := parse_hook(hook)) is not None]
+    if not places:
+        raise catalogue.TEXT_NOT_IN_STORE(f"--probe: {store.name} has no hook of nsae's ({hooks[0]}); leave it out")
     device, why = choose_device(device_option)
     reporter.note(f"probing the sinks of {info.name} on {PROBE_CONTEXTS} contexts; device {why}")
     tokenizer = load_tokenizer(info)
@@ -56,10 +61,7 @@ def probe_store(
         tokenizer.separator,
         ordinary,
     )
-    site: Site = "resid_pre" if manifest.site == "resid_pre" else "resid_post"
-    hooks = manifest.norm_hooks or manifest.hooks
-    layers = [layer for hook in hooks if (layer := layer_of(hook)) is not None]
-    return probe_sinks(subject, first_contexts(store, PROBE_CONTEXTS), layers, site)
+    return probe_sinks(subject, first_contexts(store, PROBE_CONTEXTS), [layer for layer, _ in places], places[0][1])
 
 
 def first_contexts(store: ActivationStore, most: int) -> torch.Tensor:

@@ -179,8 +179,8 @@ NOTHING_TO_MEASURE = Entry(
 HOOK_UNSUPPORTED = Entry(
     "hook-unsupported",
     ArtifactError,
-    "The SAE reads what attention or an MLP writes, or another place than the residual stream.",
-    "nsae measures SAEs of the residual stream before or after a block; take such a one.",
+    "The SAE reads a place inside attention or an MLP, as `attn.hook_z`.",
+    "nsae measures SAEs of the residual stream and of what attention or MLP add to it; take such a one.",
 )
 NOT_TRAINED_HERE = Entry(
     "not-trained-here",

@@ -22,7 +22,8 @@ OPTION_DOES_NOT_FIT = Entry(
     "option-does-not-fit",
     UsageError,
     "An option is possible as such, but not with this model, this text or the other options: a context longer than the "
-    "model reads, fewer tokens than one context, a batch larger than what holds it, a layer that the model lacks.",
+    "model reads, fewer tokens than one context, a batch larger than what holds it, a site or a chat template that the "
+    "model lacks.",
     "Stay within the limit that the line names.",
 )
 OPTION_MISSING = Entry(
@@ -202,7 +203,7 @@ CORPUS_EMPTY = Entry(
     "corpus-empty",
     UsageError,
     "The corpus holds no text at all.",
-    "Give another `--corpus`, or another `--text-column` or `--split`.",
+    "Give another `--corpus`, or another column or `--split`.",
 )
 CORPUS_TOO_SHORT = Entry(
     "corpus-too-short",
@@ -213,8 +214,9 @@ CORPUS_TOO_SHORT = Entry(
 CORPUS_COLUMN = Entry(
     "corpus-column",
     UsageError,
-    "The corpus has no column of that name, or it holds something other than text.",
-    "Name the right column with `--text-column`; the line lists what was found.",
+    "The corpus has no column of that name, or it holds something else than its option says: text (`--text-column`), "
+    "messages that the model's chat template takes (`--chat-column`), token ids of the model (`--tokens-column`).",
+    "Name the right column with the right option; the line lists what was found.",
 )
 CORPUS_ENCODING = Entry(
     "corpus-encoding",
@@ -260,7 +262,8 @@ TEXT_NOT_IN_STORE = Entry(
 MODEL_FAMILY = Entry(
     "model-family",
     UsageError,
-    "nsae does not know where this kind of model keeps its residual stream.",
+    "nsae does not know where this kind of model keeps its residual stream, or it is no causal language model of text "
+    "alone.",
     "Take a model of a known family, or add a line to the table FAMILIES in `nsae_cli/lm/families.py`.",
 )
 CONFIG_UNREADABLE = Entry(

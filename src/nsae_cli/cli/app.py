@@ -50,7 +50,7 @@ Four steps, each on the newest result of the one before (mini needs no network):
 app = typer.Typer(
     name="nsae",
     cls=CommandGroup,
-    help="Train sparse autoencoders on a GPT-2's residual stream and measure what high-norm tokens do to them.",
+    help="Train sparse autoencoders on a language model's activations; measure what high-norm tokens do to them.",
     epilog=_CHAIN,
     invoke_without_command=True,
     add_completion=False,

@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from nsae_cli.cli.options import CorpusConfig, Device, ModelDType, Name, Revision, Split, TextColumn, given
+from nsae_cli.cli.options import (
+    ChatColumn,
+    CorpusConfig,
+    Device,
+    ModelDType,
+    Name,
+    Revision,
+    Split,
+    TextColumn,
+    TokensColumn,
+    given,
+)
 from nsae_cli.cli.session import session_of
 
 
@@ -35,13 +46,17 @@ def command(
     corpus_config: CorpusConfig = None,
     split: Split = None,
     text_column: TextColumn = None,
+    chat_column: ChatColumn = None,
+    tokens_column: TokensColumn = None,
     tokens: Annotated[str, typer.Option(metavar="SIZE|all", help="Tokens to measure at most.")] = "100k",
     context_size: Annotated[
         str | None, typer.Option("--context", metavar="INT", help="Tokens per context [default: the SAE's own].")
     ] = None,
     bos: Annotated[
         bool | None,
-        typer.Option("--bos/--no-bos", help="Each context starts with <|endoftext|> [default: as the SAE's]."),
+        typer.Option(
+            "--bos/--no-bos", help="Each context starts with the beginning-of-text token [default: as the SAE's]."
+        ),
     ] = None,
     top: Annotated[
         str, typer.Option(metavar="SHARE", help="Share of the tokens in the top group, and in the bottom.")

@@ -6,8 +6,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nsae_cli.cli.options import ContextsPerPass, CorpusConfig, Device, Name, Revision, Split, TextColumn, given
+from nsae_cli.cli.options import (
+    ChatColumn,
+    ContextsPerPass,
+    CorpusConfig,
+    Device,
+    Name,
+    Revision,
+    Split,
+    TextColumn,
+    TokensColumn,
+    given,
+)
 from nsae_cli.cli.session import Session, session_of
+from nsae_cli.lm.layers import SITES
 
 if TYPE_CHECKING:
     from nsae_cli.launch import Placement
@@ -31,12 +43,18 @@ def command(
     corpus_config: CorpusConfig = None,
     split: Split = None,
     text_column: TextColumn = None,
+    chat_column: ChatColumn = None,
+    tokens_column: TokensColumn = None,
     layers: Annotated[
         str | None,
         typer.Option(metavar="all|6|0,3|0-3", help="Layers whose vectors are stored [default: the middle one]."),
     ] = None,
     site: Annotated[
-        str, typer.Option(metavar="resid_post|resid_pre", help="After or before the block.")
+        str,
+        typer.Option(
+            metavar="|".join(SITES),
+            help="After a block, before it, between attention and MLP; or what one of the two adds.",
+        ),
     ] = "resid_post",
     norms: Annotated[
         str,
@@ -50,7 +68,9 @@ def command(
         str | None, typer.Option("--context", metavar="INT", help="Tokens per context [default: 128].")
     ] = None,
     packing: Annotated[bool, typer.Option("--packing/--no-packing", help="Documents share contexts.")] = True,
-    bos: Annotated[bool, typer.Option("--bos/--no-bos", help="Each context starts with <|endoftext|>.")] = True,
+    bos: Annotated[
+        bool, typer.Option("--bos/--no-bos", help="Each context starts with the beginning-of-text token.")
+    ] = True,
     batch_size: ContextsPerPass = None,
     dtype: Annotated[str, typer.Option(metavar="fp16|bf16|fp32", help="How vectors are stored.")] = "fp16",
     model_dtype: Annotated[
@@ -67,7 +87,7 @@ def command(
     ] = False,
     name: Name = None,
 ) -> None:
-    """Harvest residual-stream activations of a GPT-2.
+    """Harvest residual-stream activations of a language model.
 
     Writes activations/NAME: safetensors shards with vectors, norms, tokens, positions and documents, and manifest.json.
     """

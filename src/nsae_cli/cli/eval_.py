@@ -8,7 +8,18 @@ import typer
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from nsae_cli.cli.options import ContextsPerPass, CorpusConfig, Device, ModelDType, Name, Split, TextColumn, given
+from nsae_cli.cli.options import (
+    ChatColumn,
+    ContextsPerPass,
+    CorpusConfig,
+    Device,
+    ModelDType,
+    Name,
+    Split,
+    TextColumn,
+    TokensColumn,
+    given,
+)
 from nsae_cli.cli.session import session_of
 
 
@@ -38,6 +49,8 @@ def command(
     corpus_config: CorpusConfig = None,
     split: Split = None,
     text_column: TextColumn = None,
+    chat_column: ChatColumn = None,
+    tokens_column: TokensColumn = None,
     context_size: Annotated[
         str | None, typer.Option("--context", metavar="INT", help="Tokens per context [default: as trained].")
     ] = None,
@@ -46,7 +59,9 @@ def command(
     ] = None,
     bos: Annotated[
         bool | None,
-        typer.Option("--bos/--no-bos", help="Each context starts with <|endoftext|> [default: as trained]."),
+        typer.Option(
+            "--bos/--no-bos", help="Each context starts with the beginning-of-text token [default: as trained]."
+        ),
     ] = None,
     batch_size: ContextsPerPass = None,
     model_dtype: ModelDType = "fp32",

@@ -28,6 +28,12 @@ Split = Annotated[
     str | None, typer.Option(metavar="NAME", help="Split of a hub data set or of builtin [default: train].")
 ]
 TextColumn = Annotated[str | None, typer.Option(metavar="NAME", help="Column that holds the text [default: text].")]
+ChatColumn = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Column of messages, for the model's chat template.")
+]
+TokensColumn = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Column of token ids; with --no-packing each row is a context.")
+]
 ContextsPerPass = Annotated[
     str | None, typer.Option(metavar="INT", help="Contexts per forward pass [default: by the device].")
 ]

@@ -11,6 +11,7 @@ from nsae_cli import catalogue
 from nsae_cli.cli.options import Device, Name, given
 from nsae_cli.cli.ranks import together
 from nsae_cli.cli.session import session_of
+from nsae_cli.lm.layers import SITES
 from nsae_cli.reporter import SilentReporter
 from nsae_cli.store.workspace import Kind
 
@@ -149,13 +150,18 @@ def command(
     corpus_config: Annotated[str | None, _harvest("NAME", "Configuration of a hub data set.")] = None,
     split: Annotated[str | None, _harvest("NAME", "Split of a hub data set or of builtin [default: train].")] = None,
     text_column: Annotated[str | None, _harvest("NAME", "Column that holds the text [default: text].")] = None,
-    site: Annotated[str | None, _harvest("resid_post|resid_pre", "After (default) or before the block.")] = None,
+    chat_column: Annotated[str | None, _harvest("NAME", "Column of messages, for the model's chat template.")] = None,
+    tokens_column: Annotated[
+        str | None, _harvest("NAME", "Column of token ids; with --no-packing each row is a context.")
+    ] = None,
+    site: Annotated[str | None, _harvest("|".join(SITES), "Where in the block [default: resid_post].")] = None,
     context_size: Annotated[str | None, _harvest("INT", "Tokens per context [default: 128].", "--context")] = None,
     packing: Annotated[
         bool | None, _harvest(None, "Documents share contexts [default: packing].", "--packing/--no-packing")
     ] = None,
     bos: Annotated[
-        bool | None, _harvest(None, "Each context starts with <|endoftext|> [default: bos].", "--bos/--no-bos")
+        bool | None,
+        _harvest(None, "Each context starts with the beginning-of-text token [default: bos].", "--bos/--no-bos"),
     ] = None,
     harvest_batch_size: Annotated[
         str | None, _harvest("INT", "Contexts per forward pass [default: by the device].")

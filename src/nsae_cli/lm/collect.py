@@ -28,12 +28,13 @@ from nsae_cli.lm.corpus import Corpus, open_corpus, refuse_output_in_corpus
 from nsae_cli.lm.harvest import HarvestedBatch, Harvester, HarvestSpec
 from nsae_cli.lm.layers import hook_name
 from nsae_cli.lm.loading import DTYPE_NAMES, DTypeName, ModelInfo, inspect_model, load_model
-from nsae_cli.lm.packing import Context, Layout, Packer
+from nsae_cli.lm.packing import Context, Packer
 from nsae_cli.lm.plan import Plan, check_space, make_plan, size_text
 from nsae_cli.lm.quiet import quiet_libraries
+from nsae_cli.lm.records import holds_something
 from nsae_cli.lm.shard_buffer import ShardBuffer, write_shards
 from nsae_cli.lm.shares import Share, WorkerReporter, device_of, idle_text, last_word, left_to_others, shards_text
-from nsae_cli.lm.tokenizing import TextTokenizer, load_tokenizer
+from nsae_cli.lm.tokenizing import DocumentTokenizer, load_tokenizer_for
 from nsae_cli.reporter import Reporter
 from nsae_cli.store.lock import Turn
 from nsae_cli.store.manifest import MANIFEST, Manifest, read_manifest
@@ -120,7 +121,7 @@ def _collect(
             # Looked at again: another process may have completed it just now.
             if (found := _complete(artifact, options, reporter)) is not None:
                 return found if worker.alone else None
-            tokenizer = load_tokenizer(request.info)
+            tokenizer = load_tokenizer_for(request.corpus.content, request.info, reporter)
             plan = plan_of(request, tokenizer)
             free = check_space(plan, artifact.path)
             reporter.note(f"{artifact.name}: {_plan_text(plan)}, {size_text(free)} free")
@@ -197,17 +198,17 @@ def _require_same_options(name: str, manifest: Manifest, options: dict[str, Any]
         )
 
 
-def plan_of(request: Request, tokenizer: TextTokenizer) -> Plan:
+def plan_of(request: Request, tokenizer: DocumentTokenizer) -> Plan:
     """Plans from the corpus's first documents, which also shows now whether it can be read at all."""
     corpus = request.corpus
     documents = _until_stopped(corpus.documents())
     # How many tokens its text makes is asked only where the size of its text is known.
     sample = list(itertools.islice(documents, 1 if corpus.text_bytes is None else _SAMPLE_DOCUMENTS))
-    if not any(text.strip() for text in itertools.chain(sample, documents)):
+    if not any(holds_something(document) for document in itertools.chain(sample, documents)):
         raise catalogue.CORPUS_EMPTY(f"corpus {corpus.name} is empty: it holds no text; give another --corpus")
-    sample = [text[:_SAMPLE_CHARACTERS] for text in sample]
+    sample = [document[:_SAMPLE_CHARACTERS] if isinstance(document, str) else document for document in sample]
     token_ids = [ids for batch in tokenizer.encode_batches(sample) for ids in batch]
-    sample_bytes = sum(len(text.encode("utf-8")) for text in sample)
+    sample_bytes = sum(len(document.encode("utf-8")) for document in sample if isinstance(document, str))
     return make_plan(request.resolved, request.info, corpus.text_bytes, token_ids, sample_bytes)
 
 
@@ -223,7 +224,7 @@ class Job:
     """What a run needs, all checked."""
 
     request: Request
-    tokenizer: TextTokenizer
+    tokenizer: DocumentTokenizer
     plan: Plan
     worker: Placement = ALONE
 
@@ -242,9 +243,7 @@ class Job:
     def packer(self) -> Packer:
         """The rules by which documents become contexts."""
         resolved = self.request.resolved
-        return Packer(
-            Layout(resolved.context, resolved.packing, resolved.bos, self.tokenizer.separator, resolved.row_limit)
-        )
+        return Packer(resolved.layout(self.tokenizer.separator, resolved.row_limit))
 
     def contexts(self, packer: Packer) -> Iterator[Context]:
         """All contexts of the corpus, in its order.
@@ -366,7 +365,7 @@ def _description(job: Job, packer: Packer) -> dict[str, Any]:
         "revision": info.revision,
         "n_layers": info.n_layers,
         "model_type": info.model_type,
-        "tokenizer": job.tokenizer.identity,
+        "tokenizer": job.tokenizer.identity_for(job.request.corpus.content),
         "special_token_ids": job.tokenizer.special_token_ids,
         "corpus": job.request.corpus.identity,
         "site": resolved.site,
@@ -391,7 +390,9 @@ def _summary(job: Job, manifest: Manifest, packer: Packer) -> str:
     if limit is not None and manifest.rows <= limit - job.request.resolved.context:
         text += f" (the corpus ended before {limit:,})"
     if packer.dropped_tokens:
-        text += f", {packer.dropped_tokens:,} tokens at the corpus's end dropped (no whole context)"
+        where = "behind --context" if packer.layout.rows_are_contexts else "at the corpus's end"
+        why = "" if packer.layout.rows_are_contexts else " (no whole context)"
+        text += f", {packer.dropped_tokens:,} tokens {where} dropped{why}"
     if packer.dropped_documents:
         text += f", {packer.dropped_documents:,} documents without a row"
     return text

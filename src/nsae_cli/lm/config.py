@@ -9,14 +9,23 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+)
 
 from nsae_cli import catalogue
 from nsae_cli.device import DeviceOption
 from nsae_cli.errors import UsageError
-from nsae_cli.lm.corpus import BUILTIN, DEFAULT_TEXT_COLUMN, Corpus, CorpusChoice, default_corpus
+from nsae_cli.lm.corpus import BUILTIN, Corpus, CorpusChoice, default_corpus
 from nsae_cli.lm.layers import Site, parse_layers
 from nsae_cli.lm.loading import DTypeName, ModelInfo, choose_model_dtype
+from nsae_cli.lm.packing import Layout
 from nsae_cli.store.workspace import check_name
 from nsae_cli.values import Size, parse_size
 
@@ -51,10 +60,12 @@ class HarvestOptions(BaseModel):
     corpus_config: str | None = Field(None, description="configuration of a hub data set")
     split: str | None = Field(None, description="split of the built-in corpus or of a hub data set")
     text_column: str | None = Field(None, description="column that holds the text (default text)")
-    site: Site = Field("resid_post", description="after or before the block")
-    context: Size | None = Field(None, ge=2, description="tokens per context (default 128)")
+    chat_column: str | None = Field(None, description="column that holds messages, for the model's chat template")
+    tokens_column: str | None = Field(None, description="column that holds token ids, used as they are")
+    site: Site = Field("resid_post", description="where in the block to read")
+    context: Size | None = Field(None, ge=2, description="tokens per context (default 128, or the row's length)")
     packing: bool = Field(True, description="documents share contexts")
-    bos: bool = Field(True, description="each context starts with <|endoftext|>")
+    bos: bool = Field(True, description="each context starts with the beginning-of-text token")
     dtype: DTypeName = Field("fp16", description="storage")
     model_dtype: Literal["auto"] | DTypeName = Field("auto", description="computation")
 
@@ -93,9 +104,10 @@ class CollectConfig(HarvestOptions):
     def corpus_choice(self, embedded_model: bool) -> CorpusChoice:
         """The corpus and its companions, the default one where none is given."""
         default = default_corpus(embedded_model)
-        if self.corpus is not None:
-            return CorpusChoice(self.corpus, self.corpus_config, self.split, self.text_column)
-        return CorpusChoice(default.name, self.corpus_config or default.config, self.split, self.text_column)
+        name, config = self.corpus, self.corpus_config
+        if name is None:
+            name, config = default.name, config or default.config
+        return CorpusChoice(name, config, self.split, self.text_column, self.chat_column, self.tokens_column)
 
 
 class ResolvedConfig(BaseModel):
@@ -115,7 +127,7 @@ class ResolvedConfig(BaseModel):
     split: str | None
     corpus_revision: str | None
     corpus_sha256: str | None
-    text_column: str
+    text_column: str | None
     layers: list[int]
     site: Site
     norms: Literal["all", "stored"]
@@ -127,6 +139,25 @@ class ResolvedConfig(BaseModel):
     dtype: DTypeName
     model_dtype: DTypeName
     seed: int
+    chat_column: str | None = None
+    tokens_column: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_used(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Text has neither of these columns, and its stores are named and described as before there were any."""
+        options: dict[str, Any] = serialize(self)
+        unused = [key for key in ("chat_column", "tokens_column") if options.get(key) is None]
+        return {key: value for key, value in options.items() if key not in unused}
+
+    def layout(self, separator: int, tokens: int | None) -> Layout:
+        """How documents become contexts.
+
+        Args:
+            separator: the tokenizer's beginning-of-text token.
+            tokens: most rows to make; None for the whole corpus.
+        """
+        as_they_are = self.tokens_column is not None and not self.packing
+        return Layout(self.context, self.packing, self.bos, separator, tokens, as_they_are)
 
     def norm_layers(self, n_layers: int) -> list[int]:
         """Layers whose norms are stored."""
@@ -166,7 +197,9 @@ def resolve(
         layers = parse_layers(config.layers, info.n_layers, info.name)
     except UsageError as error:
         problems.append(str(error))
-    context = config.context or min(DEFAULT_CONTEXT, info.max_context)
+    if config.site not in info.sites:
+        problems.append(f"--site {config.site}: {info.name} has {', '.join(info.sites)} only")
+    context = config.context or min(_usual_context(config, corpus), info.max_context)
     if context > info.max_context:
         problems.append(f"--context {context}: {info.name} reads at most {info.max_context} tokens")
     whole_corpus = config.tokens is None and info.embedded and corpus.name == BUILTIN
@@ -190,7 +223,7 @@ def resolve(
         split=corpus.split,
         corpus_revision=corpus.revision,
         corpus_sha256=corpus.sha256,
-        text_column=config.text_column or DEFAULT_TEXT_COLUMN,
+        text_column=corpus.column.name if corpus.content == "text" else None,
         layers=layers,
         site=config.site,
         norms=config.norms,
@@ -202,4 +235,14 @@ def resolve(
         dtype=config.dtype,
         model_dtype=choose_model_dtype(config.model_dtype, device),
         seed=config.seed,
+        chat_column=config.chat_column,
+        tokens_column=config.tokens_column,
     )
+
+
+def _usual_context(config: CollectConfig, corpus: Corpus) -> int:
+    """The length of the first row where rows are contexts already, else `DEFAULT_CONTEXT`."""
+    if corpus.content != "tokens" or config.packing:
+        return DEFAULT_CONTEXT
+    first = next((len(document) for document in corpus.documents() if len(document)), DEFAULT_CONTEXT)
+    return max(2, first)

@@ -10,16 +10,15 @@ import hashlib
 import json
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub.errors import HTTPError
 
 from nsae_cli import assets, catalogue
-from nsae_cli.errors import UsageError
 from nsae_cli.lm.hub import ask_hub, looks_like_hub_id
 from nsae_cli.lm.quiet import quiet_libraries
+from nsae_cli.lm.records import OPTIONS, Column, Content, Document
 from nsae_cli.store.commit import file_sha256
 
 BUILTIN = "builtin"
@@ -39,6 +38,26 @@ class CorpusChoice:
     config: str | None = None
     split: str | None = None
     text_column: str | None = None
+    chat_column: str | None = None
+    tokens_column: str | None = None
+
+    @property
+    def column(self) -> Column:
+        """Where the documents are.
+
+        Raises:
+            UsageError: more than one column is named.
+        """
+        named: list[tuple[str | None, Content]] = [
+            (self.text_column, "text"),
+            (self.chat_column, "chat"),
+            (self.tokens_column, "tokens"),
+        ]
+        given = [(name, content) for name, content in named if name is not None]
+        if len(given) > 1:
+            names = " and ".join(f"{OPTIONS[content]} {name}" for name, content in given)
+            raise catalogue.REFUSED_COMBINATION(f"{names}: the documents are in one column; give one of them")
+        return Column(*(given[0] if given else (DEFAULT_TEXT_COLUMN, "text")))
 
 
 @dataclass(frozen=True)
@@ -53,6 +72,7 @@ class Corpus:
         revision: commit of a hub data set, where the hub told it.
         text_bytes: about how much text it holds; None where unknown.
         documents: starts reading from the first document.
+        column: where the documents are; of the built-in corpus and .txt files it has no meaning.
     """
 
     name: str
@@ -61,7 +81,13 @@ class Corpus:
     sha256: str | None
     revision: str | None
     text_bytes: int | None
-    documents: Callable[[], Iterator[str]]
+    documents: Callable[[], Iterator[Document]]
+    column: Column = field(default=Column(DEFAULT_TEXT_COLUMN))
+
+    @property
+    def content(self) -> Content:
+        """What its documents are."""
+        return self.column.content
 
     @property
     def identity(self) -> dict[str, str | None]:
@@ -72,7 +98,13 @@ class Corpus:
             "split": self.split,
             "sha256": self.sha256,
             "revision": self.revision,
+            **self.other_column,
         }
+
+    @property
+    def other_column(self) -> dict[str, str | None]:
+        """``{"chat_column": …}`` or ``{"tokens_column": …}``; empty for text."""
+        return {} if self.content == "text" else {f"{self.content}_column": self.column.name}
 
 
 def default_corpus(embedded_model: bool) -> CorpusChoice:
@@ -89,7 +121,7 @@ def open_corpus(choice: CorpusChoice) -> Corpus:
         ResourceError: the hub is not reachable or has no such data set.
     """
     if choice.name == BUILTIN:
-        _refuse(choice, "the built-in corpus", config=choice.config, text_column=choice.text_column)
+        _refuse(choice, "the built-in corpus", config=choice.config, **_columns(choice))
         return _builtin(choice)
     if Path(choice.name).exists():
         _refuse(choice, "a local corpus", config=choice.config, split=choice.split)
@@ -100,12 +132,19 @@ def open_corpus(choice: CorpusChoice) -> Corpus:
 
 
 def _refuse(choice: CorpusChoice, what: str, **options: str | None) -> None:
-    names = {"config": "--corpus-config", "split": "--split", "text_column": "--text-column"}
-    given = [f"{names[key]} {value}" for key, value in options.items() if value is not None]
+    given = [
+        f"{'--corpus-config' if key == 'config' else '--' + key.replace('_', '-')} {value}"
+        for key, value in options.items()
+        if value is not None
+    ]
     if given:
         raise catalogue.OPTION_WITHOUT_EFFECT(
             f"{' and '.join(given)}: {what} ({choice.name}) has no such choice; leave the option out"
         )
+
+
+def _columns(choice: CorpusChoice) -> dict[str, str | None]:
+    return {key: getattr(choice, key) for key in ("text_column", "chat_column", "tokens_column")}
 
 
 def _builtin(choice: CorpusChoice) -> Corpus:
@@ -133,9 +172,15 @@ def _local(choice: CorpusChoice) -> Corpus:
         raise catalogue.CORPUS_FORMAT(
             f"--corpus {choice.name}: unknown kind of file; known are {kinds} and folders of these"
         )
-    column = choice.text_column or DEFAULT_TEXT_COLUMN
+    column = choice.column
+    plain = next((path for path in files if path.suffix == ".txt"), None)
+    if column.content != "text" and plain is not None:
+        raise catalogue.OPTION_WITHOUT_EFFECT(
+            f"{OPTIONS[column.content]} {column.name}: {plain.name} is plain text and has no columns; leave the option "
+            f"out, or give .jsonl or .parquet files"
+        )
 
-    def documents() -> Iterator[str]:
+    def documents() -> Iterator[Document]:
         for path in files:
             try:
                 yield from _READERS[path.suffix](path, column)
@@ -151,9 +196,9 @@ def _local(choice: CorpusChoice) -> Corpus:
         raise catalogue.READ_FAILED(
             f"--corpus {choice.name}: cannot be read ({error.strerror or error}); check its permissions"
         ) from error
-    # Parquet is compressed, so its size says little.
-    known_size = None if any(path.suffix == ".parquet" for path in files) else size
-    return Corpus(root.resolve().name, None, None, sha256, None, known_size, documents)
+    # Parquet is compressed, so its size says little; so does that of messages and numbers written out.
+    unknown = column.content != "text" or any(path.suffix == ".parquet" for path in files)
+    return Corpus(root.resolve().name, None, None, sha256, None, None if unknown else size, documents, column)
 
 
 def _corpus_files(root: Path) -> Iterator[Path]:
@@ -183,7 +228,7 @@ def _folder_sha256(root: Path, files: list[Path]) -> str:
     return hashlib.sha256("".join(lines).encode("utf-8")).hexdigest()
 
 
-def _read_txt(path: Path, column: str) -> Iterator[str]:
+def _read_txt(path: Path, column: Column) -> Iterator[Document]:
     try:
         yield path.read_bytes().removeprefix(BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -192,7 +237,7 @@ def _read_txt(path: Path, column: str) -> Iterator[str]:
         ) from error
 
 
-def _read_jsonl(path: Path, column: str) -> Iterator[str]:
+def _read_jsonl(path: Path, column: Column) -> Iterator[Document]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             place = f"{path.name} line {number}"
@@ -212,75 +257,48 @@ def _read_jsonl(path: Path, column: str) -> Iterator[str]:
                 raise catalogue.CORPUS_FORMAT(
                     f"corpus {place} is not a JSON object; a .jsonl file holds one object per line"
                 )
-            yield _text_of(record, column, place)
+            yield column.of(record, place)
 
 
-def _read_parquet(path: Path, column: str) -> Iterator[str]:
+def _read_parquet(path: Path, column: Column) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            if column not in names:
-                raise _missing_column(path.name, column, names)
+            if column.name not in names:
+                raise column.missing(path.name, names)
             row = 0
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[column]):
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[column.name]):
                 for value in batch.column(0).to_pylist():
                     row += 1
-                    yield _text_of({column: value}, column, f"{path.name} row {row}")
+                    yield column.of({column.name: value}, f"{path.name} row {row}")
     except pyarrow.ArrowException as error:
         raise catalogue.CORPUS_FORMAT(
             f"corpus {path.name} is not a readable parquet file ({str(error).splitlines()[0]}); get it again"
         ) from error
 
 
-_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+_READERS: dict[str, Callable[[Path, Column], Iterator[Document]]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
 }
 
 
-def _text_of(record: dict[str, Any], column: str, place: str) -> str:
-    """The document in a record; a null is an empty document."""
-    if column not in record:
-        raise _missing_column(place, column, list(record))
-    text = record[column]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise catalogue.CORPUS_COLUMN(
-            f"corpus {place}: column {column!r} is {type(text).__name__}, not text; check --text-column"
-        )
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise catalogue.CORPUS_ENCODING(
-            f"corpus {place}: half a surrogate pair at character {error.start:,} is not text; mend it"
-        ) from error
-    return text
-
-
-def _missing_column(corpus: str, column: str, found: list[str]) -> UsageError:
-    names = ", ".join(repr(name) for name in found) or "nothing"
-    return catalogue.CORPUS_COLUMN(
-        f"corpus {corpus} has no column {column!r}; found {names}; choose one with --text-column"
-    )
-
-
 # The hub ------------------------------------------------------------------------------------------------------------
 
 
 def _hub(choice: CorpusChoice) -> Corpus:
-    column = choice.text_column or DEFAULT_TEXT_COLUMN
+    column = choice.column
     split = choice.split or "train"
     with quiet_libraries():
         found = ask_hub("dataset", choice.name, None, _HUB_REMEDY)
     if not found.reachable:
         raise catalogue.HUB_UNREACHABLE(f"--corpus {choice.name}: the Hugging Face hub is not reachable; {_HUB_REMEDY}")
 
-    def documents() -> Iterator[str]:
+    def documents() -> Iterator[Document]:
         import datasets
 
         datasets.disable_progress_bars()
@@ -288,7 +306,9 @@ def _hub(choice: CorpusChoice) -> Corpus:
             # Streaming, so that only what is used is downloaded; the commit, so that a resumed run reads the same.
             rows = datasets.load_dataset(choice.name, choice.config, split=split, streaming=True, revision=found.commit)
             for number, row in enumerate(rows):
-                yield _text_of(row, column, choice.name if number == 0 else f"{choice.name} row {number + 1}")
+                # What is wrong with the first text is wrong with the choice of the column.
+                place = choice.name if number == 0 and column.content == "text" else f"{choice.name} row {number + 1}"
+                yield column.of(row, place)
         except (HTTPError, OSError) as error:
             raise catalogue.DOWNLOAD_FAILED(
                 f"--corpus {choice.name}: reading from the hub failed ({type(error).__name__}); "
@@ -301,4 +321,4 @@ def _hub(choice: CorpusChoice) -> Corpus:
                 f"--corpus {choice.name}: {reason}; check --corpus-config and --split"
             ) from error
 
-    return Corpus(choice.name, choice.config, split, None, found.commit, None, documents)
+    return Corpus(choice.name, choice.config, split, None, found.commit, None, documents, column)

@@ -15,7 +15,8 @@ from nsae_cli.lm.config import CollectConfig
 from nsae_cli.lm.loading import ModelInfo
 from nsae_cli.lm.plan import free_bytes, held_bytes
 from nsae_cli.lm.quiet import quiet_libraries
-from nsae_cli.lm.tokenizing import load_tokenizer
+from nsae_cli.lm.tokenizing import load_tokenizer_for
+from nsae_cli.reporter import SilentReporter
 from nsae_cli.store.progress import durable_shards
 from nsae_cli.store.workspace import Workspace
 
@@ -42,7 +43,7 @@ def dry_run(config: CollectConfig, workspace: Workspace, worker: Placement) -> d
         request = inspect(config, workspace, worker)
         folder, resolved = request.artifact.path, request.resolved
         complete = find_complete(request.artifact, resolved.model_dump())
-        tokenizer = load_tokenizer(request.info)
+        tokenizer = load_tokenizer_for(request.corpus.content, request.info, SilentReporter())
         plan = plan_of(request, tokenizer)
         durable = durable_shards(folder, resolved.model_dump())
         durable_rows = sum(entry.rows for entry in durable.values())

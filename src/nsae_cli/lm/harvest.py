@@ -1,9 +1,9 @@
 """Contexts → residual vectors and their norms, the forward stopped after the deepest wanted layer.
 
-The model runs its own `forward`; hooks on the blocks read what passes by, and an exception ends the pass once the
-deepest wanted residual has been read. So nothing of the architecture is repeated here, no later block, final LayerNorm
-or logit is computed, and ``resid_post`` of the last block is what the block returns (`hidden_states[-1]` is that after
-``ln_f``).
+The model runs its own `forward`; hooks on its modules (`ports`) read what passes by, and an exception ends the pass
+once the deepest wanted residual has been read. So nothing of the architecture is repeated here, no later block, final
+norm or logit is computed, and ``resid_post`` of the last block is what the block returns (`hidden_states[-1]` is that
+after the final norm).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from nsae_cli import catalogue
 from nsae_cli.lm.families import Family, blocks_of
 from nsae_cli.lm.layers import Site, hook_name
 from nsae_cli.lm.packing import Context
+from nsae_cli.lm.ports import port_of
 
 
 class _DeepestLayerRead(Exception):  # noqa: N818 - not an error: it ends a forward pass
@@ -29,18 +30,19 @@ class _DeepestLayerRead(Exception):  # noqa: N818 - not an error: it ends a forw
 
 
 class ResidualReader:
-    """Reads the residual stream at chosen layers of a Hugging Face transformer.
+    """Reads the residual stream, or what is added to it, at chosen layers of a Hugging Face transformer.
 
     Args:
         model: with or without a head, in evaluation mode.
-        family: where it keeps its blocks.
-        site: before or after a block.
+        family: where it keeps its parts.
+        site: where to read.
         layers: 0-based.
     """
 
     def __init__(self, model: nn.Module, family: Family, site: Site, layers: Sequence[int]) -> None:
         self._base: nn.Module = model.base_model  # type: ignore[assignment]  # every transformers model has it
         self._blocks = blocks_of(self._base, family)
+        self._family = family
         self._site = site
         self._layers = sorted(layers)
 
@@ -53,22 +55,19 @@ class ResidualReader:
             take: called with each wanted layer and its residual [batch, position, d_model], shallowest first. The
                 tensor belongs to the model: copy what is to be kept.
         """
+
+        def receive(layer: int, residual: Tensor) -> None:
+            # OPT's MLP works on rows without a batch.
+            take(layer, residual.reshape(*token_ids.shape, residual.shape[-1]))
+            if layer == self._layers[-1]:
+                raise _DeepestLayerRead
+
         with contextlib.ExitStack() as hooks, torch.inference_mode():
             for layer in self._layers:
-                block = self._blocks[layer]
-                receive = partial(self._receive, layer, take)
-                if self._site == "resid_pre":
-                    handle = block.register_forward_pre_hook(lambda _block, inputs, f=receive: f(inputs[0]))
-                else:
-                    handle = block.register_forward_hook(lambda _block, _inputs, output, f=receive: f(output))
-                hooks.callback(handle.remove)
+                port = port_of(self._blocks[layer], self._family, self._site)
+                hooks.callback(port.on_pass(partial(receive, layer)).remove)
             with contextlib.suppress(_DeepestLayerRead):
                 self._base(input_ids=token_ids, use_cache=False)
-
-    def _receive(self, layer: int, take: Callable[[int, Tensor], None], residual: Tensor) -> None:
-        take(layer, residual)
-        if layer == self._layers[-1]:
-            raise _DeepestLayerRead
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ class HarvestSpec:
     """What to read and how to store it.
 
     Attributes:
-        site: before or after a block.
+        site: where to read.
         vector_layers: layers whose vectors are kept.
         norm_layers: layers whose norms are kept; contains `vector_layers`.
         storage_dtype: of the kept vectors.

@@ -1,4 +1,4 @@
-"""`--layers` and the names of hooks.
+"""`--layers`, `--site` and the names of hooks.
 
 Hooks are named as TransformerLens names them; activations are the plain Hugging Face ones.
 """
@@ -6,19 +6,26 @@ Hooks are named as TransformerLens names them; activations are the plain Hugging
 from __future__ import annotations
 
 import re
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 from nsae_cli import values
 
-Site = Literal["resid_post", "resid_pre"]
+Site = Literal["resid_post", "resid_pre", "resid_mid", "attn_out", "mlp_out"]
+#: All sites; which of them a model has, its family tells (`families.Family.sites`).
+SITES: tuple[Site, ...] = get_args(Site)
 
 
 def hook_name(layer: int, site: Site) -> str:
-    """``blocks.{layer}.hook_resid_pre`` (the block's input) or ``…_post`` (its output, before any final LayerNorm)."""
+    """``blocks.{layer}.hook_{site}``.
+
+    ``resid_pre`` is the block's input, ``resid_post`` its output (before any final norm), ``resid_mid`` the residual
+    stream between attention and MLP; ``attn_out`` and ``mlp_out`` are what the two add to it:
+    resid_pre + attn_out = resid_mid, resid_mid + mlp_out = resid_post.
+    """
     return f"blocks.{layer}.hook_{site}"
 
 
-_HOOK = re.compile(r"blocks\.([0-9]{1,6})\.hook_(resid_pre|resid_post)")
+_HOOK = re.compile(rf"blocks\.([0-9]{{1,6}})\.hook_({'|'.join(SITES)})")
 
 
 def parse_hook(name: str) -> tuple[int, Site] | None:

@@ -30,9 +30,9 @@ from nsae_cli.lm.corpus import Corpus, open_corpus
 from nsae_cli.lm.harvest import Harvester, HarvestSpec
 from nsae_cli.lm.layers import hook_name
 from nsae_cli.lm.loading import DTYPE_NAMES, ModelInfo, inspect_model, load_model
-from nsae_cli.lm.packing import Context, Layout, Packer
+from nsae_cli.lm.packing import Context, Packer
 from nsae_cli.lm.quiet import quiet_libraries
-from nsae_cli.lm.tokenizing import TextTokenizer, load_tokenizer
+from nsae_cli.lm.tokenizing import DocumentTokenizer, load_tokenizer_for
 from nsae_cli.lm.windows import ContextWindows, PlannedWindow
 from nsae_cli.reporter import Reporter, SilentReporter
 from nsae_cli.store.batches import Batch, HookRows, cut_batches, split_rows, stable_seed
@@ -140,6 +140,7 @@ class LiveSource:
                 "revision": resolved.corpus_revision,
                 "sha256": resolved.corpus_sha256,
                 "text_column": resolved.text_column,
+                **self._corpus.other_column,
             },
             "harvest": {
                 "site": resolved.site,
@@ -321,14 +322,14 @@ class LiveSource:
         return Harvester(model, self._info.family, spec, self._device, self._tokenizer.text_of)
 
     @cached_property
-    def _tokenizer(self) -> TextTokenizer:
+    def _tokenizer(self) -> DocumentTokenizer:
         with _own_option_names(), quiet_libraries():
-            return load_tokenizer(self._info)
+            return load_tokenizer_for(self._corpus.content, self._info, self._reporter)
 
     def _contexts(self) -> Iterator[Context]:
         """The contexts of the whole corpus, from its beginning."""
         resolved, tokenizer = self._resolved, self._tokenizer
-        packer = Packer(Layout(resolved.context, resolved.packing, resolved.bos, tokenizer.separator, None))
+        packer = Packer(resolved.layout(tokenizer.separator, None))
         return packer.contexts(tokenizer.encode_batches(_until_stopped(self._corpus.documents())))
 
     def _refuse_empty(self) -> NoReturn:
@@ -349,6 +350,8 @@ def _as_options(inputs: Mapping[str, Any]) -> dict[str, Any]:
         "corpus_config": corpus.get("config"),
         "split": corpus.get("split"),
         "text_column": corpus.get("text_column"),
+        "chat_column": corpus.get("chat_column"),
+        "tokens_column": corpus.get("tokens_column"),
         "corpus_revision": corpus.get("revision"),
         "corpus_sha256": corpus.get("sha256"),
         **(inputs.get("harvest") or {}),

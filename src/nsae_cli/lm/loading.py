@@ -20,6 +20,7 @@ from torch import nn
 from nsae_cli import assets, catalogue
 from nsae_cli.lm.families import Family, family_of
 from nsae_cli.lm.hub import ask_hub, looks_like_hub_id
+from nsae_cli.lm.layers import SITES, Site
 from nsae_cli.lm.quiet import quiet_libraries
 from nsae_cli.store.commit import file_sha256
 
@@ -42,6 +43,8 @@ class ModelInfo:
         revision: the commit of a hub model; None for embedded and local ones.
         model_sha256: SHA-256 over the weight files of a local or embedded model; None for hub ones.
         cached_only: the hub does not answer, only its local cache is asked.
+        sites: those that the model has.
+        text_start: the configuration's beginning-of-text token, else its end-of-text token; for where no tokenizer is.
     """
 
     name: str
@@ -54,6 +57,8 @@ class ModelInfo:
     vocab_size: int
     model_sha256: str | None = None
     cached_only: bool = False
+    sites: tuple[Site, ...] = SITES
+    text_start: int | None = None
 
     @property
     def embedded(self) -> bool:
@@ -159,7 +164,7 @@ def _model_info(
 
     raw = _read_config(config_path, name)
     model_type = raw.get("model_type")
-    family = family_of(model_type, name)
+    family = family_of(model_type, name, raw)
     try:
         # The family's configuration class fills in what an old config.json leaves out.
         config = AutoConfig.for_model(**raw)
@@ -175,11 +180,20 @@ def _model_info(
             vocab_size=int(config.vocab_size),
             model_sha256=model_sha256,
             cached_only=cached_only,
+            sites=family.sites(config),
+            text_start=_text_start(config),
         )
     except (TypeError, ValueError, AttributeError, StrictDataclassError) as error:
         raise catalogue.MODEL_CONFIG(
             f"--model {name}: config.json is not usable ({_first_line(error)}); {_SAVE_AGAIN}"
         ) from error
+
+
+def _text_start(config: Any) -> int | None:
+    tokens = (getattr(config, key, None) for key in ("bos_token_id", "eos_token_id"))
+    # A list of end-of-text tokens is for generating; its first is the one that ends documents.
+    firsts = (token[0] if isinstance(token, list) and token else token for token in tokens)
+    return next((token for token in firsts if isinstance(token, int)), None)
 
 
 def _read_config(path: Path, name: str) -> dict[str, Any]:
@@ -195,7 +209,7 @@ def _read_config(path: Path, name: str) -> dict[str, Any]:
 
 
 def load_model(info: ModelInfo, device: torch.device, dtype: torch.dtype, *, with_head: bool = False) -> nn.Module:
-    """Loads the weights, for evaluation, with SDPA attention.
+    """Loads the weights, for evaluation, with the family's implementation of attention.
 
     Args:
         info: from `inspect_model`.
@@ -218,7 +232,7 @@ def load_model(info: ModelInfo, device: torch.device, dtype: torch.dtype, *, wit
                 revision=info.revision,
                 local_files_only=info.cached_only,
                 dtype=dtype,
-                attn_implementation="sdpa",
+                attn_implementation=info.family.attention,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,

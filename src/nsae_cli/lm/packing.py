@@ -1,8 +1,12 @@
 """Documents → contexts. Every token is used once, or counted as dropped.
 
-The stream is, for each document, the separator ``<|endoftext|>`` and then its tokens. With packing it is cut into
-pieces of `context` tokens; with ``--bos`` into pieces of `context` - 1, each with one more separator put first. Without
-packing each document is cut on its own, without the stream's separators, and its last context may be shorter.
+The stream is, for each document, the separator (the tokenizer's beginning-of-text token) and then its tokens. With
+packing it is cut into pieces of `context` tokens; with ``--bos`` into pieces of `context` - 1, each with one more
+separator put first. Without packing each document is cut on its own, without the stream's separators, and its last
+context may be shorter.
+
+A document that begins with the separator as it comes (a chat template or a pre-tokenised corpus may put it there) gets
+none from the stream. Rows that are contexts already stay as they are, whatever they hold.
 """
 
 from __future__ import annotations
@@ -12,7 +16,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from nsae_cli.lm.tokenizing import TokenIds
+from nsae_cli import catalogue
+from nsae_cli.lm.records import TokenIds
 
 #: Tokens of one document that are cut into contexts at a time: cutting copies them, with the number of their document.
 _PART_TOKENS = 2**20
@@ -43,8 +48,10 @@ class Layout:
         context: largest number of tokens in a context, at least 2.
         packing: documents share contexts.
         bos: each context starts with the separator.
-        separator: id of ``<|endoftext|>``.
+        separator: id of the beginning-of-text token.
         tokens: most rows to make; None for the whole corpus.
+        rows_are_contexts: documents are contexts already; nothing is put in, `bos` says that each begins with the
+            separator, and what is longer than `context` is cut off.
     """
 
     context: int
@@ -52,6 +59,7 @@ class Layout:
     bos: bool
     separator: int
     tokens: int | None
+    rows_are_contexts: bool = False
 
 
 @dataclass
@@ -59,7 +67,8 @@ class Packer:
     """Cuts documents into contexts and counts what did not fit.
 
     Attributes:
-        dropped_tokens: with packing, tokens of the stream that fill no whole context at the corpus's end.
+        dropped_tokens: with packing, tokens of the stream that fill no whole context at the corpus's end; of rows that
+            are contexts already, those behind the context's size.
         dropped_documents: documents that were read and have no row at all.
 
     Text beyond `Layout.tokens` is not reached and not counted. Both counts are complete once `contexts` is exhausted.
@@ -76,6 +85,8 @@ class Packer:
             batches: token ids of the documents, in corpus order, some documents at a time. Where the batches end makes
                 no difference.
         """
+        if self.layout.rows_are_contexts:
+            return self._as_they_are(batches)
         return self._packed(batches) if self.layout.packing else self._one_by_one(batches)
 
     def _packed(self, batches: Iterable[list[TokenIds]]) -> Iterator[Context]:
@@ -86,7 +97,10 @@ class Packer:
         tokens = documents = np.empty(0, np.int32)
         number, last_kept = 0, -1
         for part in _bounded(batches):
-            stream = [ids if goes_on else np.concatenate([separator, ids]) for ids, goes_on in part]
+            stream = [
+                ids if goes_on or self._begins_with_separator(ids) else np.concatenate([separator, ids])
+                for ids, goes_on in part
+            ]
             owners = []
             for ids, (_, goes_on) in zip(stream, part, strict=True):
                 number += not goes_on
@@ -110,6 +124,8 @@ class Packer:
         piece = layout.context - layout.bos
         left = np.inf if layout.tokens is None else layout.tokens
         for number, ids in enumerate(ids for batch in batches for ids in batch):
+            if layout.bos and self._begins_with_separator(ids):
+                ids = ids[1:]  # it is put in front of every piece, the first too
             self.dropped_documents += len(ids) == 0
             for start in range(0, len(ids), piece):
                 cut = ids[start : start + piece]
@@ -118,6 +134,29 @@ class Packer:
                 if left < 0:
                     return
                 yield context
+
+    def _as_they_are(self, batches: Iterable[list[TokenIds]]) -> Iterator[Context]:
+        layout = self.layout
+        left = np.inf if layout.tokens is None else layout.tokens
+        for number, ids in enumerate(ids for batch in batches for ids in batch):
+            if not len(ids):
+                self.dropped_documents += 1
+                continue
+            if layout.bos and not self._begins_with_separator(ids):
+                raise catalogue.OPTION_DOES_NOT_FIT(
+                    f"--bos: row {number} of the corpus begins with token {ids[0]}, not with the beginning-of-text "
+                    f"token {layout.separator}, and rows of --tokens-column are used as they are; give --no-bos, or "
+                    f"--packing to have it put in"
+                )
+            left -= min(len(ids), layout.context)
+            if left < 0:
+                return
+            self.dropped_tokens += max(0, len(ids) - layout.context)
+            ids = ids[: layout.context]
+            yield Context(ids, np.full(len(ids), number, np.int32))
+
+    def _begins_with_separator(self, ids: TokenIds) -> bool:
+        return len(ids) > 0 and bool(ids[0] == self.layout.separator)
 
     def _context(self, tokens: TokenIds, documents: TokenIds) -> Context:
         if not self.layout.bos:

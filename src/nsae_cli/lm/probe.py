@@ -36,7 +36,7 @@ class ProbeSubject:
     Attributes:
         model: in evaluation mode.
         family: where it keeps its parts.
-        separator: id of ``<|endoftext|>``.
+        separator: id of the beginning-of-text token.
         ordinary_tokens: ids to draw other first tokens from; none of them special. int64 [n].
     """
 
@@ -55,16 +55,16 @@ def probe_sinks(
         subject: the model.
         contexts: token ids of whole contexts as they were collected, int64 [contexts, positions ≥ 2].
         layers: 0-based.
-        site: before or after the block.
+        site: where to read.
         seed: of the other first tokens.
 
     Returns:
-        For each hook, ready for JSON: for ``as_is``, ``bos`` (`<|endoftext|>` first), ``other_token`` (several random
-        ordinary tokens) and ``other_position`` (embeddings of several other positions) the median norms ``position0``
-        and ``elsewhere`` and their ``ratio``; ``kept_other_token`` and ``kept_other_position``, the share of the
-        excess (ratio - 1) that the change leaves; and ``verdict``: ``position`` or ``token`` (only changing that one
-        removes the sink), ``both`` (either change removes it), ``neither`` (it survives both), null where there is no
-        sink as it is.
+        For each hook, ready for JSON: for ``as_is``, ``bos`` (the beginning-of-text token first), ``other_token``
+        (several random ordinary tokens) and ``other_position`` (embeddings of several other positions) the median norms
+        ``position0`` and ``elsewhere`` and their ``ratio``; ``kept_other_token`` and ``kept_other_position``, the share
+        of the excess (ratio - 1) that the change leaves; and ``verdict``: ``position`` or ``token`` (only changing that
+        one removes the sink), ``both`` (either change removes it), ``neither`` (it survives both), null where there is
+        no sink as it is.
 
     Raises:
         Interrupted: a signal asked to stop.
@@ -132,6 +132,7 @@ class _NormRunner:
         self._reader = ResidualReader(subject.model, subject.family, site, layers)
         base: nn.Module = subject.model.base_model  # type: ignore[assignment]  # every transformers model has it
         self._positions = position_embedding_of(base, subject.family)
+        self._first_position = subject.family.first_position
 
     def norms(self, contexts: Tensor) -> Tensor:
         """‖x‖₂, float32 [layer, context, position], on the CPU."""
@@ -159,11 +160,12 @@ class _NormRunner:
     def _first_position_replaced(self, other: int) -> Iterator[None]:
         # The table is changed rather than the position ids: ids that do not rise would change the attention mask.
         weight = self._positions.weight
+        zero = self._first_position
         with torch.no_grad():
-            first = weight[0].clone()
-            weight[0] = weight[other]
+            first = weight[zero].clone()
+            weight[zero] = weight[zero + other]
         try:
             yield
         finally:
             with torch.no_grad():
-                weight[0] = first
+                weight[zero] = first

@@ -1,15 +1,19 @@
-"""A causal language model's logits with other values in its residual stream.
+"""A causal language model's logits with other values in its residual stream, or in what a block adds to it.
 
-The forward pass can begin at the hook: for its duration the list of blocks is `[_Emit, *blocks behind the hook]`, and
-`_Emit` returns the residual that it was given, whatever comes in. The model's own `forward` does everything else
-(masks, final LayerNorm, head), so nothing of the architecture is repeated here, and a residual that is put back
-unchanged gives the bits of the plain pass.
+A hook (`ports`) puts the values in while the model's own `forward` does everything else (masks, final norm, head). So
+nothing of the architecture is repeated here, and a residual that is put back unchanged gives the bits of the plain
+pass.
+
+At the sites of the residual stream nothing before the hook matters, and so nothing before it is computed: for the
+duration of the pass the blocks there are replaced by `_Emit`, which returns what it was given, whatever comes in. They
+keep their number, which decides the attention of those behind in some families.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +22,12 @@ from torch import Tensor, nn
 from nsae_cli import catalogue
 from nsae_cli.lm.families import Family, blocks_of
 from nsae_cli.lm.harvest import ResidualReader, memory_errors
-from nsae_cli.lm.layers import Site, hook_name, parse_hook
+from nsae_cli.lm.layers import SITES, Site, hook_name, parse_hook
+from nsae_cli.lm.ports import port_of
 
 
 class _Emit(nn.Module):
-    """Stands for the blocks before the hook: what comes out is the residual at the hook."""
+    """Stands for a block before the hook."""
 
     def __init__(self, residual: Tensor) -> None:
         super().__init__()
@@ -32,13 +37,18 @@ class _Emit(nn.Module):
         return self._residual
 
 
+def _in_shape_of(value: Tensor, passing: Tensor) -> Tensor:
+    """OPT's MLP works on rows without a batch."""
+    return value.reshape(passing.shape)
+
+
 class Splicer:
-    """Reads and replaces the residual stream of a model at one hook.
+    """Reads and replaces the residual stream of a model, or what a block adds to it, at one hook.
 
     Args:
         model: a causal language model with its head, in evaluation mode.
-        family: where it keeps its blocks.
-        hook: ``blocks.{layer}.hook_resid_pre`` or ``…_post``, the last block's before the final LayerNorm.
+        family: where it keeps its parts.
+        hook: ``blocks.{layer}.hook_{site}``; the last block's ``resid_post`` is before the final norm.
 
     Raises:
         ArtifactError: the model has no such hook.
@@ -47,10 +57,10 @@ class Splicer:
     def __init__(self, model: nn.Module, family: Family, hook: str) -> None:
         self._model, self._family, self.hook = model, family, hook
         self._base: nn.Module = model.base_model  # type: ignore[assignment]  # every transformers model has it
-        blocks = blocks_of(self._base, family)
-        layer, site = require_hook(hook, len(blocks), "the model")
-        self._reader = ResidualReader(model, family, site, [layer])
-        self._behind = list(blocks)[layer if site == "resid_pre" else layer + 1 :]
+        self._blocks = list(blocks_of(self._base, family))
+        sites = family.sites(self._base.config)
+        self._layer, self._site = require_hook(hook, len(self._blocks), "the model", sites)
+        self._reader = ResidualReader(model, family, self._site, [self._layer])
 
     @property
     def device(self) -> torch.device:
@@ -73,23 +83,45 @@ class Splicer:
         return taken[0]
 
     def logits(self, token_ids: Tensor, residual: Tensor) -> Tensor:
-        """Logits [batch, position, vocabulary] of a pass in which the hook's residual is `residual`.
+        """Logits [batch, position, vocabulary] of a pass in which what passes the hook is `residual`.
 
         Args:
-            token_ids: int64 [batch, position]; only their shape matters.
+            token_ids: int64 [batch, position].
             residual: [batch, position, d_model], cast to the model's dtype.
 
         Raises:
             ResourceError: out of memory.
         """
-        dtype = next(self._model.parameters()).dtype
-        emitted = _Emit(residual.to(self.device, dtype))
-        with torch.inference_mode(), self._blocks([emitted, *self._behind]), memory_errors(self.device):
+        value = residual.to(self.device, next(self._model.parameters()).dtype)
+        with torch.inference_mode(), self._spliced(value), memory_errors(self.device):
             logits: Tensor = self._model(input_ids=token_ids.to(self.device), use_cache=False).logits
         return logits
 
     @contextlib.contextmanager
-    def _blocks(self, blocks: list[nn.Module]) -> Iterator[None]:
+    def _spliced(self, value: Tensor) -> Iterator[None]:
+        """For its duration, `value` stands at the hook."""
+        block = self._blocks[self._layer]
+        puts: list[tuple[Site, Tensor]] = [(self._site, value)]
+        emitted, replaced = value, 0
+        if self._site == "resid_post":
+            puts, replaced = [], self._layer + 1
+        elif self._site == "resid_pre":
+            replaced = self._layer
+        elif self._site == "resid_mid":
+            # It is read in two places, by the MLP's norm and by the sum behind the MLP, so it is put in before they
+            # part: as what attention writes to a stream of zeros, which adds nothing to any bit.
+            emitted, replaced = torch.zeros_like(value), self._layer
+            puts = [("resid_pre", emitted), ("attn_out", value)]
+        with contextlib.ExitStack() as undo:
+            for site, put in puts:
+                port = port_of(block, self._family, site)
+                undo.callback(port.on_pass(partial(_in_shape_of, put)).remove)
+            if replaced:
+                undo.enter_context(self._blocks_replaced([_Emit(emitted)] * replaced + self._blocks[replaced:]))
+            yield
+
+    @contextlib.contextmanager
+    def _blocks_replaced(self, blocks: list[nn.Module]) -> Iterator[None]:
         original = blocks_of(self._base, self._family)
         self._base.set_submodule(self._family.blocks, nn.ModuleList(blocks))
         try:
@@ -98,27 +130,32 @@ class Splicer:
             self._base.set_submodule(self._family.blocks, original)
 
 
-def require_hook(hook: str, n_layers: int, model: str) -> tuple[int, Site]:
+def require_hook(hook: str, n_layers: int, model: str, sites: Sequence[Site] = SITES) -> tuple[int, Site]:
     """Layer and site of a hook that a model has.
 
     Args:
         hook: the hook's name.
         n_layers: blocks of the model.
         model: its name, for messages.
+        sites: those that the model has.
 
     Raises:
-        ArtifactError: not a residual-stream hook, or a layer that the model lacks.
+        ArtifactError: no hook that nsae reads, or a layer or site that the model lacks.
     """
     parsed = parse_hook(hook)
     if parsed is None:
         raise catalogue.HOOK_MISMATCH(
-            f"hook {hook!r}: nsae splices at {hook_name(0, 'resid_pre')} to "
-            f"{hook_name(n_layers - 1, 'resid_post')} of {model} only; give an SAE that reads there"
+            f"hook {hook!r}: nsae splices at {hook_name(0, sites[0])} to {hook_name(n_layers - 1, sites[0])} of "
+            f"{model} and there at {', '.join(sites[1:])}; give an SAE that reads there"
         )
     layer, site = parsed
     if layer >= n_layers:
         raise catalogue.HOOK_MISMATCH(
             f"hook {hook}: {model} has layers 0-{n_layers - 1}; the SAE belongs to another model, give that one"
+        )
+    if site not in sites:
+        raise catalogue.HOOK_MISMATCH(
+            f"hook {hook}: {model} has {', '.join(sites)} only; the SAE belongs to another model, give that one"
         )
     return layer, site
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from nsae_cli import catalogue, interrupt
 from nsae_cli.lm.corpus import Corpus
 from nsae_cli.lm.packing import Layout, Packer
-from nsae_cli.lm.tokenizing import TextTokenizer, TokenIds
+from nsae_cli.lm.records import Document, TokenIds
+from nsae_cli.lm.tokenizing import DocumentTokenizer
 from nsae_cli.store.contexts import HELD_OUT_EVERY, Contexts
 from nsae_cli.store.shards import ActivationStore
 
@@ -110,7 +111,7 @@ def held_out_text(store: ActivationStore, tokens: int | None) -> Text:
 
 
 def corpus_text(
-    corpus: Corpus, tokenizer: TextTokenizer, layout: Layout, *, held_out: bool, tokens: int | None
+    corpus: Corpus, tokenizer: DocumentTokenizer, layout: Layout, *, held_out: bool, tokens: int | None
 ) -> Text:
     """A corpus's contexts.
 
@@ -190,7 +191,7 @@ def _take(numbered: Iterable[tuple[int, TokenIds]], tokens: int | None, name: st
     return Text(contexts, numbers)
 
 
-def _until_stopped(documents: Iterable[str]) -> Iterator[str]:
+def _until_stopped(documents: Iterable[Document]) -> Iterator[Document]:
     for document in documents:
         interrupt.stop_if_requested(_STOPPED)
         yield document

@@ -39,7 +39,7 @@ def _heading(audit: Mapping[str, Any]) -> Text:
     where = "held-out tokens" if rows["held_out"] else "tokens"
     store = audit["options"].get("activations")
     text = f"of the store {store['name']}" if store else f"of {rows.get('corpus')}"
-    bos = {True: ", each begins with <|endoftext|>", False: ", cut without <|endoftext|> first"}.get(rows["bos"], "")
+    bos = {True: ", each begins with the BOS token", False: ", cut without the BOS token first"}.get(rows["bos"], "")
     size = f", contexts of {fmt.count(rows['context_size'])}" if rows["context_size"] else ""
     found = _caught(sinks)
     lines = [

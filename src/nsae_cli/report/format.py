@@ -170,7 +170,7 @@ def source_line(source: Mapping[str, Any] | None) -> str:
     parts.append("packing not recorded" if packing is None else "packed" if packing else "one document per context")
     bos = source.get("bos")
     if bos is not None:
-        parts.append("each context begins with <|endoftext|>" if bos else "no <|endoftext|> put first")
+        parts.append("each context begins with the BOS token" if bos else "no BOS token put first")
     return ", ".join(parts + note)
 
 

@@ -108,7 +108,7 @@ def _two_by_two(norms: Mapping[str, Any]) -> RenderableType:
         groups.append(columns)
     notes = [f"No token in: {', '.join(empty)}."] if empty else []
     if "position 0 × other token" in empty and norms.get("bos"):
-        notes.append("Every context begins with <|endoftext|>, so position and token cannot be told apart here.")
+        notes.append("Every context begins with the BOS token, so position and token cannot be told apart here.")
     return WideTable([_layers(hooks)], groups, title=f"{title} (norm)", note="\n".join(notes))
 
 
@@ -137,7 +137,7 @@ def _disagreement(hooks: Sequence[Mapping[str, Any]]) -> RenderableType | None:
 _PROBE_TITLE = "Probe: the first token and the first positional embedding exchanged"
 _VERDICTS = {"position": "the position", "token": "the token", "both": "both", "neither": "neither", None: "no sink"}
 _CONDITIONS = (
-    ("as_is", "as it is"), ("bos", "<|endoftext|>\nfirst"), ("other_token", "other\ntoken"),
+    ("as_is", "as it is"), ("bos", "BOS token\nfirst"), ("other_token", "other\ntoken"),
     ("other_position", "other\nposition"),
 )  # fmt: skip
 

@@ -14,7 +14,7 @@ class Provenance:
         corpus: the corpus's name.
         context_size: most tokens in a context.
         packing: documents share contexts.
-        bos: each context starts with ``<|endoftext|>``.
+        bos: each context starts with the tokenizer's beginning-of-text token.
     """
 
     model: str | None
