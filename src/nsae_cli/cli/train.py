@@ -241,7 +241,7 @@ def command(
             session.reporter = SilentReporter()
         store = None if options.from_model is not None else session.choose(Kind.ACTIVATIONS, activations)[0]
         source = choose_source(options, store, session.workspace, ranks)
-        result = train(options, source, session.workspace, name, session.reporter, ranks)
+        result = train(options, source, session.workspace, name, session.reporter, ranks=ranks)
     if not ranks.leads:
         return
     session.say_where(result.artifacts, result.already_complete)

@@ -108,7 +108,7 @@ class Checkpoints:
             reporter.warn(f"damaged checkpoint {', '.join(damaged)}: {instead}")
         return found
 
-    def of(self, step: int) -> Checkpoint:
+    def at_step(self, step: int) -> Checkpoint:
         """The checkpoint of a step that another process has found intact.
 
         Raises:

@@ -219,7 +219,7 @@ class _Run:
         checkpoints = self._plan.checkpoints
         found = checkpoints.latest(self._reporter) if self._ranks.leads else None
         step = self._ranks.of_first(None if found is None else found.step)
-        return found if self._ranks.leads or step is None else checkpoints.of(step)
+        return found if self._ranks.leads or step is None else checkpoints.at_step(step)
 
     def _train_wave(
         self, checkpoint: Checkpoint | None, left: list[str], runs: dict[str, dict[str, Any]]
@@ -280,7 +280,7 @@ class _Run:
             return cells
         kernel = dataclasses.replace(self._kernel, device=torch.device("cpu"))
         whole = make_cells(self._plan, list(cells), self._profiles, kernel)
-        checkpoint = self._plan.checkpoints.of(self._plan.steps)
+        checkpoint = self._plan.checkpoints.at_step(self._plan.steps)
         for name, cell in whole.items():
             cell.load_state(checkpoint.cells[name])
         return whole
