@@ -94,7 +94,7 @@ def state_of(workspace: Path, name: str) -> tuple[int, dict[str, Any]]:
     checkpoints = Checkpoints(workspace / "saes" / name / "checkpoints")
     assert not checkpoints.damaged()
     step = checkpoints.steps()[-1]
-    return step, checkpoints.of(step).cells[next(iter(checkpoints.of(step).cells))]
+    return step, checkpoints.at_step(step).cells[next(iter(checkpoints.at_step(step).cells))]
 
 
 def die(

@@ -67,7 +67,7 @@ def trained(store: Path, root: Path, options: dict[str, Any], ranks: Ranks = ALO
     """Trains; the folder of the SAE."""
     given = validate_options(TrainOptions, {key: str(value) for key, value in (COMMON | options).items()})
     source = StoreSource(open_activations(store), given, ranks.share)
-    train(given, source, Workspace(root), name, SilentReporter(), ranks)
+    train(given, source, Workspace(root), name, SilentReporter(), ranks=ranks)
     return root / "saes" / name
 
 
@@ -248,7 +248,7 @@ def test_a_state_goes_through_other_processes_unchanged(two_layers: Path, tmp_pa
     [_] = in_processes(2, [(Mesh(2, 1), lambda ranks: _stop(two_layers, tmp_path, options, ranks, 37))], tmp_path)
     checkpoints = Checkpoints(tmp_path / "saes" / "sae" / "checkpoints")
     assert checkpoints.steps() == [37]
-    original = checkpoints.of(37)
+    original = checkpoints.at_step(37)
     for mesh in (Mesh(1, 1), Mesh(4, 1), Mesh(2, 2), Mesh(1, 2)):
         work = [(mesh, lambda ranks: _stop(two_layers, tmp_path, options, ranks, None))]
         copy = tmp_path / "again"
