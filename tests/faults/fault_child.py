@@ -116,25 +116,25 @@ class DurableOperations:
     def _counted_fsync(self, descriptor: int) -> None:
         number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
         path = os.readlink(f"/proc/self/fd/{number}")
-        self._happens("fsync", path)
+        operation = self._happens("fsync", path)
         self._fsync(descriptor)
-        if self._snapshots is not None and path.startswith(self._root) and os.path.isfile(path):
-            self._keep(path)
+        if operation is not None and self._snapshots is not None and os.path.isfile(path):
+            self._keep(operation, path)
 
-    def _keep(self, path: str) -> None:
+    def _keep(self, operation: int, path: str) -> None:
         self._busy.value = True
         try:
             content = Path(path).read_bytes()
             with self._lock:
-                number = self.count
-                (self._snapshots / f"{number}").write_bytes(content)  # type: ignore[operator]
-                self._log.write("flushed", number, path)
+                (self._snapshots / f"{operation}").write_bytes(content)  # type: ignore[operator]
+                self._log.write("flushed", operation, path)
         finally:
             self._busy.value = False
 
-    def _happens(self, kind: str, *paths: str) -> None:
+    def _happens(self, kind: str, *paths: str) -> int | None:
+        """Counts an operation and lets the fault look at it; its number, or None where it is none of the workspace."""
         if getattr(self._busy, "value", False) or not any(path.startswith(self._root) for path in paths):
-            return
+            return None
         with self._lock:
             self.count += 1
             number = self.count
@@ -145,6 +145,7 @@ class DurableOperations:
                 self._fault(number, kind, paths[-1])
             finally:
                 self._busy.value = False
+        return number
 
 
 def _at(path: Any, folder: Any) -> str:
