@@ -256,7 +256,7 @@ def test_a_state_goes_through_other_processes_unchanged(two_layers: Path, tmp_pa
             _stop(two_layers, tmp_path, options, ALONE, None)
         else:
             in_processes(mesh.size, work, tmp_path)
-        again = Checkpoints(copy).of(37)
+        again = Checkpoints(copy).at_step(37)
         assert again.logs == original.logs
         [name] = original.cells
         assert again.cells[name].keys() == original.cells[name].keys()
