@@ -140,4 +140,4 @@ def test_messages_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_kind_of_error_has_its_code() -> None:
     kinds = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.NsaeError)}
-    assert kinds == {*failures.EXIT_CODES, errors.NsaeError, errors.Interrupted}
+    assert kinds == {*failures.EXIT_CODES, errors.NsaeError, errors.Interrupted, errors.RankEnded}

@@ -115,7 +115,7 @@ def _find(reference: str | None, workspace: Workspace, reporter: Reporter) -> tu
         newest = workspace.newest(Kind.SAE)
         reporter.note(f"using the newest saes: {newest.name}")
         return newest.name, read_folder(newest.path)
-    if is_url(reference):
+    if is_url(reference) and HubReference.parse(reference) is None:  # those are the hub's
         saes = workspace.find(Kind.SAE, reference)
         if len(saes) > 1:
             raise catalogue.SEVERAL_SAES(
