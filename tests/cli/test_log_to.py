@@ -8,22 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_process import _MAIN, run
+from test_process import _INTERRUPTED_TRAINING, _MAIN, run
 
 from command import TRAIN, contents, nsae
 from nsae_cli.training import tracker_kinds
 from nsae_cli.training.trackers import series
-
-_SIGINT_AT_100 = """
-import os, signal
-from nsae_cli.training import cell
-step = cell.Cell.train_step
-def train_step(self, rows, number):
-    if number == 100 and self.config.act == "relu":
-        os.kill(os.getpid(), signal.SIGINT)
-    return step(self, rows, number)
-cell.Cell.train_step = train_step
-"""
 
 
 def _assert_tensorboard_has(log: Path, events: Path) -> None:
@@ -47,7 +36,7 @@ def test_a_grid_and_an_interruption(workspace: Path, finished: Path) -> None:
     [group] = (finished / "saes").iterdir()
     (workspace / "saes").rename(workspace / "away")
     command = ("--workspace", workspace, *TRAIN, "--device", "cpu", "--log-to", "tensorboard")
-    stopped = run(*command, "--checkpoint-every", "60", code=_SIGINT_AT_100 + _MAIN)
+    stopped = run(*command, "--checkpoint-every", "60", code=_INTERRUPTED_TRAINING + _MAIN)
     assert stopped.returncode == 130, stopped.stderr
     assert f"tensorboard: tensorboard --logdir {workspace}/tensorboard" in stopped.stderr
     done = nsae(*command, "--checkpoint-every", "60")

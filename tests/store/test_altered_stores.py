@@ -12,6 +12,7 @@ import torch
 
 from command import contents
 from hand_store import HOOKS, make_rows, write_foreign, write_full
+from listener import Listener
 from nsae_cli import interrupt
 from nsae_cli.errors import ArtifactError, Interrupted, NumericalError, UsageError
 from nsae_cli.reporter import SilentReporter
@@ -25,14 +26,6 @@ from nsae_cli.values import validate_options
 
 SHARDS = [200, 120, 0, 200]
 HALF = 2.0**-11  # relative error of a value that is rounded to float16
-
-
-class Listener(SilentReporter):
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
 
 
 @pytest.fixture

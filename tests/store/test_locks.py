@@ -18,6 +18,7 @@ import pytest
 
 from command import nsae
 from hand_store import make_rows, write_full
+from listener import Listener
 from nsae_cli.errors import BusyError, ResourceError
 from nsae_cli.reporter import SilentReporter
 from nsae_cli.store import lock
@@ -31,16 +32,6 @@ with writing(Path(sys.argv[1]), SilentReporter()):
     print("held", flush=True)
     time.sleep(60)
 """
-
-
-class Listener(SilentReporter):
-    """Keeps warnings."""
-
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
 
 
 @contextlib.contextmanager

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from listener import Listener
 from nsae_cli import interrupt
 from nsae_cli.errors import BusyError, Interrupted, UsageError
 from nsae_cli.launch import ALONE, Placement
-from nsae_cli.reporter import SilentReporter
 from nsae_cli.store import lock
 from nsae_cli.store.lock_file import State, lock_path, turn_path
 
@@ -37,16 +37,6 @@ with writing(Path(sys.argv[1]), SilentReporter(), worker=Placement(rank, world),
     print("held", flush=True)
     time.sleep(60)
 """
-
-
-class Listener(SilentReporter):
-    """Keeps warnings."""
-
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
 
 
 def hold(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hand_store import HOOKS, make_rows, write_full
-from nsae_cli.reporter import SilentReporter
+from listener import Listener
 from nsae_cli.store.shards import ActivationStore, open_activations
 from nsae_cli.store.workspace import Workspace
 from nsae_cli.training.loop import TrainResult, train
@@ -19,20 +19,6 @@ from nsae_cli.values import validate_options
 
 #: Small, but with everything that a run can have: several epochs and windows, logs, warm-ups, decay.
 SMALL = {"d_sae": "20", "tokens": "2560", "batch_size": "64", "buffer": "300", "lr": "0.003"}
-
-
-class Listener(SilentReporter):
-    """Keeps what was said."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.warnings: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
 
 
 @pytest.fixture(scope="session")

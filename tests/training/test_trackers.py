@@ -10,22 +10,9 @@ from typing import Any
 
 import pytest
 
+from listener import Listener
 from nsae_cli.training import tracker_kinds, trackers
 from nsae_cli.training.trackers import Followed, Trackers, run_ids, series
-
-
-class Remarks:
-    """A reporter that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.warnings: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
 
 
 class Memory:
@@ -91,7 +78,7 @@ def _log(*steps: int) -> bytes:
 
 
 def test_every_sae_is_a_run_of_its_own_and_gets_its_records_in_order(memory: type[Memory], tmp_path: Path) -> None:
-    remarks = Remarks()
+    remarks = Listener()
     with Trackers(["wandb", "trackio"], "g", tmp_path, remarks) as feed:  # type: ignore[arg-type]
         ids = feed.begin(["a", "b"], None)
         take = {cell: feed.follow(cell, f"g/{cell}", {"lr": 1.0}, 0, b"") for cell in ("a", "b")}
@@ -115,7 +102,7 @@ def test_going_on_sends_what_the_tracker_lacks_and_no_step_twice(
     memory: type[Memory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: int, sent: list[int]
 ) -> None:
     monkeypatch.setitem(tracker_kinds.KINDS, "wandb", lambda followed: Memory(followed, known))
-    with Trackers(["wandb"], "g", tmp_path, Remarks()) as feed:  # type: ignore[arg-type]
+    with Trackers(["wandb"], "g", tmp_path, Listener()) as feed:
         assert feed.begin(["g"], {"wandb": {"g": "x1"}}) == {"wandb": {"g": "x1"}}
         take = feed.follow("g", "g", {}, 4, _log(2, 4))
         take({"step": 5, "loss": 5.5})
@@ -134,7 +121,7 @@ def test_an_error_is_one_warning_and_the_other_tracker_goes_on(
             super().log(step, values)
 
     monkeypatch.setitem(tracker_kinds.KINDS, "wandb", Failing)
-    remarks = Remarks()
+    remarks = Listener()
     with Trackers(["wandb", "trackio"], "g", tmp_path, remarks) as feed:  # type: ignore[arg-type]
         feed.begin(["g"], None)
         take = feed.follow("g", "g", {}, 0, b"")
@@ -162,7 +149,7 @@ def test_one_that_hangs_costs_training_nothing(
 
     monkeypatch.setitem(tracker_kinds.KINDS, "wandb", Hanging)
     monkeypatch.setattr(trackers, "_PATIENCE", 0.05)
-    remarks = Remarks()
+    remarks = Listener()
     started = time.monotonic()
     with Trackers(["wandb"], "g", tmp_path, remarks) as feed:  # type: ignore[arg-type]
         feed.begin(["g"], None)
@@ -178,7 +165,7 @@ def test_one_that_hangs_costs_training_nothing(
 
 
 def test_none_starts_no_thread(tmp_path: Path) -> None:
-    with Trackers([], "g", tmp_path, Remarks()) as feed:  # type: ignore[arg-type]
+    with Trackers([], "g", tmp_path, Listener()) as feed:
         assert feed.begin(["g"], None) == {}
         feed.follow("g", "g", {}, 0, _log(1))({"step": 2})
         feed.leave("g")

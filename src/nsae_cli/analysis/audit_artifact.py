@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,7 @@ from nsae_cli.reporter import Reporter
 from nsae_cli.store import commit
 from nsae_cli.store.remote.places import is_url, without_secrets
 from nsae_cli.store.shards import ActivationStore, describe_changes, open_activations
-from nsae_cli.store.workspace import Artifact, Kind, Workspace, check_name
-
-_NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._\-]+")
+from nsae_cli.store.workspace import Artifact, Kind, Workspace, as_name, name_from
 
 
 @dataclass
@@ -58,7 +55,7 @@ def run_audit(
         compared = None if options.reference is None else _find(options.reference, workspace, reporter)
         store = _open_store(options, workspace)
         setting = find_setting(found, options, store)
-        artifact_name = name or check_name(_NOT_IN_A_NAME.sub("-", sae_name).strip("-._")[:120] or "sae")
+        artifact_name = name or name_from(sae_name)
         artifact = Artifact(Kind.AUDIT, artifact_name, workspace.folder(Kind.AUDIT, artifact_name))
         wanted = {
             "sae": _identity(sae_name, found),
@@ -100,7 +97,7 @@ def run_audits(
 def _short(reference: str, workspace: Workspace) -> str:
     """The last part of a name, a path or a hub id, as it can stand in a name."""
     place = on_hub(reference, workspace)
-    return _NOT_IN_A_NAME.sub("-", Path(reference).name if place is None else place.name)
+    return as_name(Path(reference).name if place is None else place.name)
 
 
 def _cells(reference: str, workspace: Workspace) -> list[str]:

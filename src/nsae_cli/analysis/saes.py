@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from nsae_cli.interop.hub import URL, HubReference, download_all
 from nsae_cli.interop.opening import is_foreign
 from nsae_cli.reporter import Reporter
 from nsae_cli.store.sae_folder import load_sae
-from nsae_cli.store.workspace import Artifact, Kind, Workspace
+from nsae_cli.store.workspace import Artifact, Kind, Workspace, as_name
 
 
 def choose_saes(
@@ -93,4 +92,4 @@ def _require_own(folder: Path, name: str) -> None:
 
 def _as_name(sae: Artifact) -> str:
     """A name for a result; of an SAE on the hub, whose name has more than NAME/CELL, what can stand in one."""
-    return re.sub(r"[^A-Za-z0-9._\-]+", "-", sae.name).strip("-")
+    return as_name(sae.name).strip("-")

@@ -21,6 +21,7 @@ from nsae_cli.store.findings import Check, Finding
 from nsae_cli.store.manifest import MANIFEST
 from nsae_cli.store.progress import PROGRESS, progress_files
 from nsae_cli.store.remote.places import drop_copy, is_url, without_secrets
+from nsae_cli.store.shards import shards_text
 from nsae_cli.store.verify import StoreCheck, check_store, config_of, drop_damaged_shards
 from nsae_cli.store.workspace import Kind, Workspace
 from nsae_cli.training.checkpoint import BEGUN
@@ -241,7 +242,7 @@ def _repair_store(result: Verified, store: StoreCheck) -> None:
         if not drop_damaged_shards(folder, store):
             return
         number = len(store.bad_shards)
-        shards = "1 shard" if number == 1 else f"{number} shards"
+        shards = shards_text(number)
         command = _command(store)
         result.repaired += [
             f"dropped {shards}; {MANIFEST} is {PROGRESS} again, with all the others",

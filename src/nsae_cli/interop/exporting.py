@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from nsae_cli.interop.hub import HubReference, download
 from nsae_cli.interop.opening import is_foreign, read_folder
 from nsae_cli.reporter import Reporter
 from nsae_cli.store import commit
-from nsae_cli.store.workspace import Kind, Workspace
+from nsae_cli.store.workspace import Kind, Workspace, as_name
 
 EXPORTS = "exports"
 
@@ -63,7 +62,7 @@ def export(
         Interrupted: a signal asked to stop; the SAEs before it are complete.
     """
     saes = _find(reference, workspace)
-    short = re.sub(r"[^A-Za-z0-9._\-]+", "-", reference.rstrip("/").removeprefix("hf://"))
+    short = as_name(reference.rstrip("/").removeprefix("hf://"))
     short = Path(reference).name if Path(reference).is_absolute() else short.strip("-.") or "sae"
     base = out or workspace.root / EXPORTS / f"{short}-{target}"
     places = {name: base if len(saes) == 1 else base / found.path.name for name, found in saes.items()}

@@ -66,6 +66,20 @@ class HubReference:
             return None
         return cls(repository, folder.strip("/"), revision if at else None)
 
+    @classmethod
+    def of_argument(cls, reference: str) -> HubReference:
+        """What the argument REPO names.
+
+        Raises:
+            UsageError: no model repository.
+        """
+        if (where := cls.parse(reference)) is None:
+            raise catalogue.OPTION_VALUE(
+                f"REPO {reference[:80]!r}: expected org/repo, org/repo:folder or hf://org/repo/folder of a model "
+                f"repository"
+            )
+        return where
+
     def at(self, revision: str | None) -> HubReference:
         """The same place at another revision; None leaves it."""
         return self if revision is None else HubReference(self.repository, self.folder, revision)

@@ -6,7 +6,6 @@ been trained here. One of another package keeps its files and their names; `nsae
 
 from __future__ import annotations
 
-import re
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -20,12 +19,10 @@ from nsae_cli.interop.hub import HubReference, HubSae, download_all, wanted_file
 from nsae_cli.interop.opening import read_folder
 from nsae_cli.reporter import Reporter
 from nsae_cli.store import commit
-from nsae_cli.store.findings import Check, check_files, check_json
+from nsae_cli.store.findings import damage_of
 from nsae_cli.store.sae_folder import RUN
 from nsae_cli.store.seal import is_plain_name
-from nsae_cli.store.workspace import Artifact, Kind, Workspace, check_name, log_timing
-
-_NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._\-]+")
+from nsae_cli.store.workspace import Artifact, Kind, Workspace, log_timing, name_from
 
 
 @dataclass(frozen=True)
@@ -60,17 +57,13 @@ def pull(reference: str, revision: str | None, name: str | None, workspace: Work
         ResourceError: hub, disk.
         Interrupted: a signal asked to stop.
     """
-    where = HubReference.parse(reference)
-    if where is None:
-        raise catalogue.OPTION_VALUE(
-            f"REPO {reference[:80]!r}: expected org/repo, org/repo:folder or hf://org/repo/folder of a model repository"
-        )
+    where = HubReference.of_argument(reference)
     if revision is not None and where.revision is not None and revision != where.revision:
         raise catalogue.REFUSED_COMBINATION(
             f"--revision {revision} and {reference} name different revisions; leave one out"
         )
     where = where.at(revision)
-    chosen = name or check_name(_NOT_IN_A_NAME.sub("-", where.name).strip("-._")[:120] or "sae")
+    chosen = name or name_from(where.name)
     folder = workspace.folder(Kind.SAE, chosen)
     reporter.note(f"asking the hub for {where}")
     saes = download_all(where, option="REPO", reporter=reporter)
@@ -162,17 +155,11 @@ def _require_whole(folder: Path, contents: Mapping[str, Path], where: HubReferen
         ArtifactError: see above.
     """
     for cell in _folders(folder, contents):
-        if (cell / RUN).is_file():
-            check = Check()
-            document = check_json(check, cell / RUN)
-            if document is not None:
-                check_files(check, cell, document)
-            if check.state == "damaged":
-                finding = next(finding for finding in check.findings if finding.level == "damaged")
-                raise catalogue.CONTENT_CHANGED(
-                    f"{where}: {finding}; remove it from the local cache (`hf cache rm model/{where.repository}`) and "
-                    f"pull again, or ask those who pushed it"
-                )
+        if (cell / RUN).is_file() and (finding := damage_of(cell, RUN)) is not None:
+            raise catalogue.CONTENT_CHANGED(
+                f"{where}: {finding}; remove it from the local cache (`hf cache rm model/{where.repository}`) and "
+                f"pull again, or ask those who pushed it"
+            )
 
 
 def _described(folder: Path, contents: Mapping[str, Path], workspace: Workspace) -> tuple[PulledSae, ...]:

@@ -27,7 +27,7 @@ from nsae_cli.lm.quiet import quiet_libraries
 from nsae_cli.report.model_card import CardEntry, is_written_by_nsae, license_of, model_card
 from nsae_cli.reporter import Reporter
 from nsae_cli.store.commit import read_json
-from nsae_cli.store.findings import Check, check_files, check_json
+from nsae_cli.store.findings import damage_of
 from nsae_cli.store.sae_folder import CONFIG, DATA_FILES, RUN
 from nsae_cli.store.workspace import Artifact, Kind, Workspace
 from nsae_cli.training.plan import GROUP
@@ -222,11 +222,7 @@ def _poll() -> None:
 
 
 def _destination(given: str) -> HubReference:
-    where = HubReference.parse(given)
-    if where is None:
-        raise catalogue.OPTION_VALUE(
-            f"REPO {given[:80]!r}: expected org/repo, org/repo:folder or hf://org/repo/folder of a model repository"
-        )
+    where = HubReference.of_argument(given)
     if where.revision is not None:
         raise catalogue.OPTION_VALUE(f"REPO {given[:80]!r}: a push goes to the main branch; leave the revision out")
     return where
@@ -272,12 +268,8 @@ def _require_whole(artifact: Artifact) -> None:
         ArtifactError: damaged.
         NumericalError: a weight is not finite.
     """
-    check = Check(lambda: interrupt.stop_if_requested("stopped; nothing was uploaded"))
-    document = check_json(check, artifact.path / RUN)
-    if document is not None:
-        check_files(check, artifact.path, document)
-    if check.state == "damaged":
-        finding = next(finding for finding in check.findings if finding.level == "damaged")
+    finding = damage_of(artifact.path, RUN, lambda: interrupt.stop_if_requested("stopped; nothing was uploaded"))
+    if finding is not None:
         raise catalogue.DAMAGE_FOUND(
             f"{artifact.name}: {finding}; nothing was uploaded, run `nsae verify --repair {artifact.name}`"
         )

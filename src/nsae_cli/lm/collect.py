@@ -33,12 +33,12 @@ from nsae_cli.lm.plan import Plan, check_space, make_plan, size_text
 from nsae_cli.lm.quiet import quiet_libraries
 from nsae_cli.lm.records import holds_something
 from nsae_cli.lm.shard_buffer import ShardBuffer, write_shards
-from nsae_cli.lm.shares import Share, WorkerReporter, device_of, idle_text, last_word, left_to_others, shards_text
+from nsae_cli.lm.shares import Share, WorkerReporter, device_of, idle_text, last_word, left_to_others
 from nsae_cli.lm.tokenizing import DocumentTokenizer, load_tokenizer_for
 from nsae_cli.reporter import Reporter
 from nsae_cli.store.lock import Turn
 from nsae_cli.store.manifest import MANIFEST, Manifest, read_manifest
-from nsae_cli.store.shards import describe_changes
+from nsae_cli.store.shards import describe_changes, shards_text
 from nsae_cli.store.workspace import Artifact, Kind, Workspace, config_hash, log_timing
 from nsae_cli.store.writable import require_writable
 from nsae_cli.store.writer import StoreWriter, unneeded_files

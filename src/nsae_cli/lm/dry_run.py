@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from pathlib import Path
@@ -50,11 +51,11 @@ def dry_run(config: CollectConfig, workspace: Workspace, worker: Placement) -> d
         rate, unknown = None, "the store is complete"
         if complete is None:
             rate, unknown = _rows_per_second(Job(request, tokenizer, plan, worker))
-        rows = plan.rows if complete is None else complete.rows
+        else:
+            plan = dataclasses.replace(plan, rows=complete.rows)
+        rows, size, shards = plan.rows, plan.total_bytes, plan.shards(resolved.context)
         if rate is not None and rows is None:
             unknown = "how much text there is is not known before it is read"
-        size = None if rows is None else rows * plan.row_bytes
-        shards = None if rows is None else -(-rows // (plan.shard_contexts * resolved.context))
         seconds = None
         if rate is not None and rows is not None and shards is not None:
             seconds = max(0, rows - durable_rows) / rate / max(1, min(worker.world, shards))

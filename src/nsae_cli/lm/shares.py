@@ -19,6 +19,7 @@ from nsae_cli.lm.packing import Context
 from nsae_cli.reporter import Reporter, SilentReporter, Task
 from nsae_cli.store.lock import Turn
 from nsae_cli.store.lock_file import State
+from nsae_cli.store.shards import shards_text
 
 
 @dataclass
@@ -99,11 +100,6 @@ def device_of(option: DeviceOption, worker: Placement) -> tuple[torch.device, st
     index = worker.local_rank % torch.cuda.device_count()
     device, reason = choose_device(f"cuda:{index}")
     return device, reason.replace(f"--device cuda:{index}", f"--device auto: process {worker.local_rank} here")
-
-
-def shards_text(number: int) -> str:
-    """``1 shard``, ``2 shards``."""
-    return "1 shard" if number == 1 else f"{number} shards"
 
 
 def some_of(numbers: Sequence[int]) -> str:

@@ -110,6 +110,15 @@ def check_files(check: Check, folder: Path, document: dict[str, Any]) -> None:
             check.damaged(name, "not what was written (SHA-256 differs)")
 
 
+def damage_of(folder: Path, mark: str, poll: Callable[[], None] = lambda: None) -> Finding | None:
+    """The first damage in an artifact's JSON `mark`, or in the files that it names; None where there is none."""
+    check = Check(poll)
+    document = check_json(check, folder / mark)
+    if document is not None:
+        check_files(check, folder, document)
+    return next((finding for finding in check.findings if finding.level == "damaged"), None)
+
+
 def plain_file(check: Check, path: Path) -> bool:
     """Whether a file is there and its own; a finding where not."""
     if path.is_symlink():

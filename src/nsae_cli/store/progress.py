@@ -34,6 +34,11 @@ def progress_name(worker: int) -> str:
     return PROGRESS if worker == 0 else f"progress-{worker}.jsonl"
 
 
+def is_progress(name: str) -> bool:
+    """Whether a file of a store is such a file, by its name."""
+    return _FILE.fullmatch(name) is not None
+
+
 def progress_files(folder: Path) -> list[Path]:
     """The files that are there, by the number of their worker."""
     found = {path: _FILE.fullmatch(path.name) for path in folder.glob("progress*.jsonl")}

@@ -38,6 +38,11 @@ def _show(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
+def shards_text(number: int) -> str:
+    """``1 shard``, ``2 shards``."""
+    return "1 shard" if number == 1 else f"{number} shards"
+
+
 class ActivationStore:
     """A complete activation store, opened for reading.
 

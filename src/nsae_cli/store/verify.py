@@ -14,7 +14,7 @@ from nsae_cli.store import commit
 from nsae_cli.store.findings import Check, check_json, check_strangers, plain_file, short
 from nsae_cli.store.manifest import MANIFEST, Manifest, ShardEntry, read_manifest
 from nsae_cli.store.progress import PROGRESS, merged, progress_files, progress_text, read_progress
-from nsae_cli.store.shards import shard_name
+from nsae_cli.store.shards import shard_name, shards_text
 
 #: Rows that are looked at together: what is computed of them is in float64.
 _ROWS = 8192
@@ -87,9 +87,8 @@ def _check_unfinished(folder: Path, result: StoreCheck) -> None:
     if any(finding.level == "damaged" for finding in check.findings):
         return
     entries = merged(folder, read)
-    shards = "1 shard" if len(entries) == 1 else f"{len(entries)} shards"
     workers = f", by {len(files)} workers" if len(files) > 1 else ""
-    check.unfinished("", f"not finished: {shards} so far{workers}")
+    check.unfinished("", f"not finished: {shards_text(len(entries))} so far{workers}")
     for index, entry in sorted(entries.items()):
         check.poll()
         before = len(check.findings)

@@ -22,6 +22,7 @@ from nsae_cli.store.remote.places import is_url
 
 DEFAULT_WORKSPACE = "nsae-runs"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,119}")
+_NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._\-]+")
 
 
 class Kind(Enum):
@@ -239,6 +240,16 @@ def check_name(name: str) -> str:
             f"--name {name[:60]!r} is not a name; use letters, digits, '.', '_' and '-', at most 120"
         )
     return name
+
+
+def as_name(text: str) -> str:
+    """A text with a ``-`` for whatever cannot stand in a name; its ends are the caller's."""
+    return _NOT_IN_A_NAME.sub("-", text)
+
+
+def name_from(text: str) -> str:
+    """A name for an artifact, from what it is made of."""
+    return check_name(as_name(text).strip("-._")[:120] or "sae")
 
 
 def config_hash(config: dict[str, Any]) -> str:

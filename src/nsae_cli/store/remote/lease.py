@@ -22,7 +22,7 @@ from typing import Any
 from nsae_cli import catalogue
 from nsae_cli.errors import BusyError, NsaeError
 from nsae_cli.reporter import Reporter
-from nsae_cli.store.lock_file import Holder
+from nsae_cli.store.lock_file import Holder, is_alive
 from nsae_cli.store.remote.objects import Objects
 
 #: Seconds between renewals, and after which a lease that was not renewed is taken over.
@@ -178,7 +178,7 @@ def _busy(name: str, found: _Lease, age: float) -> BusyError:
 
 def _has_ended(lease: _Lease) -> bool:
     """Whether its holder ran on this machine, and runs no more."""
-    return lease.machine is not None and lease.machine == _this_machine() and not _is_alive(lease.holder.pid)
+    return lease.machine is not None and lease.machine == _this_machine() and not is_alive(lease.holder.pid)
 
 
 def _this_machine() -> str | None:
@@ -188,13 +188,3 @@ def _this_machine() -> str | None:
         return hashlib.sha256(f"{boot} {os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:16]
     except OSError:
         return None
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

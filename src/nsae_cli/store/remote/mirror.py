@@ -7,7 +7,6 @@ of it. A copy whose JSON is no longer the one at the URL is dropped whole: its d
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import threading
 import uuid
@@ -22,7 +21,7 @@ from nsae_cli import catalogue, interrupt
 from nsae_cli.errors import ArtifactError
 from nsae_cli.reporter import Reporter
 from nsae_cli.store import commit
-from nsae_cli.store.lock_file import lock_path
+from nsae_cli.store.lock_file import State, lock_path, look
 from nsae_cli.store.manifest import MANIFEST, ShardEntry, read_manifest
 from nsae_cli.store.remote.objects import Objects, RemoteFile
 from nsae_cli.store.seal import FILES, is_plain_name, seal_fits
@@ -85,6 +84,8 @@ class Mirror:
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _told: set[Path] = field(default_factory=set)
     _current: set[Path] = field(default_factory=set)
+    #: By store, the version of its manifest and what that says.
+    _manifests: dict[Path, tuple[tuple[int, ...], dict[str, _Expected]]] = field(default_factory=dict)
 
     def path_of(self, local: Path) -> str:
         """Path from the URL of a file or folder of the copy."""
@@ -201,10 +202,8 @@ class Mirror:
 
     def _expected(self, path: Path) -> _Expected | None:
         """What an artifact's JSON says of a file; None where it does not name it, or is not there."""
-        manifest = path.parent / MANIFEST
-        if manifest.is_file():
-            shards, _ = read_manifest(path.parent)
-            return next((of_shard(entry) for entry in shards.shards if entry.file == path.name), None)
+        if (path.parent / MANIFEST).is_file():
+            return self._shards(path.parent).get(path.name)
         for mark in sorted(MARKS - {MANIFEST}):
             if (path.parent / mark).is_file():
                 document = commit.read_json(path.parent / mark)
@@ -214,6 +213,15 @@ class Mirror:
                 if is_plain_name(path.name) and isinstance(files.get(path.name), str):
                     return _Expected(sha256=files[path.name])
         return None
+
+    def _shards(self, folder: Path) -> dict[str, _Expected]:
+        """What a store's manifest says of its shards; read once per version of it, not once per shard."""
+        status = (folder / MANIFEST).stat()
+        version = (status.st_size, status.st_mtime_ns, status.st_ino)
+        if self._manifests.get(folder, ((), {}))[0] != version:
+            entries = read_manifest(folder)[0].shards
+            self._manifests[folder] = version, {entry.file: of_shard(entry) for entry in entries}
+        return self._manifests[folder][1]
 
     # Whole folders
 
@@ -286,15 +294,7 @@ def is_safe(path: str) -> bool:
 
 def is_busy(folder: Path) -> bool:
     """Whether a process of this machine is writing into a folder of the copy, or into one in it."""
-    for path in (lock_path(folder), *folder.glob(".*.lock")):
-        try:
-            with path.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            continue
-    return False
+    return any(look(path)[0] is State.HELD for path in (lock_path(folder), *folder.glob(".*.lock")))
 
 
 def _place(path: Path, write: Callable[[Path], None]) -> None:

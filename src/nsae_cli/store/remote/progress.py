@@ -14,19 +14,13 @@ from typing import Any
 from nsae_cli.errors import ArtifactError
 from nsae_cli.store import commit
 from nsae_cli.store.manifest import ShardEntry
-from nsae_cli.store.progress import read_progress
+from nsae_cli.store.progress import is_progress, progress_files, read_progress
 from nsae_cli.store.remote.mirror import MARKS, NOTES, Mirror
 from nsae_cli.store.remote.objects import RemoteFile
 from nsae_cli.store.seal import is_plain_name
 
 CHECKPOINTS, BEGUN, FILES_JSON = "checkpoints", "begun.json", "files.json"
-_PROGRESS = re.compile(r"progress[A-Za-z0-9_.\-]*\.jsonl")
 _STEP = re.compile(r"step-(\d+)")
-
-
-def is_progress(name: str) -> bool:
-    """Whether a file of a store says which of its shards are durable."""
-    return _PROGRESS.fullmatch(name) is not None
 
 
 def resume(mirror: Mirror, folder: str) -> None:
@@ -66,7 +60,7 @@ def _resume_store(mirror: Mirror, folder: str, by_name: dict[str, RemoteFile]) -
     """Shards of the copy stay exactly where the URL's progress has the same of them."""
     local = mirror.local / folder
     ours = _recorded_here(local)
-    for path in _progress_files(local):
+    for path in progress_files(local):
         commit.remove_file(path)
     recorded: dict[str, ShardEntry] = {}
     for name in filter(is_progress, by_name):
@@ -91,14 +85,10 @@ def _fetch_progress(mirror: Mirror, path: str) -> dict[str, ShardEntry]:
 def _recorded_here(local: Path) -> dict[str, ShardEntry]:
     """What the copy says of its shards, by file."""
     found: dict[str, ShardEntry] = {}
-    for path in _progress_files(local):
+    for path in progress_files(local):
         with contextlib.suppress(ArtifactError):
             found |= {entry.file: entry for entry in read_progress(path).entries.values()}
     return found
-
-
-def _progress_files(local: Path) -> list[Path]:
-    return [path for path in local.glob("*.jsonl") if is_progress(path.name)]
 
 
 def _resume_training(mirror: Mirror, folder: str, by_name: dict[str, RemoteFile]) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from nsae_cli import catalogue
 from nsae_cli.store.manifest import MANIFEST, read_manifest
-from nsae_cli.store.progress import read_progress
+from nsae_cli.store.progress import is_progress, read_progress
 from nsae_cli.store.remote.lease import Writing
 from nsae_cli.store.remote.mirror import MARKS, NOTES, Mirror
-from nsae_cli.store.remote.progress import BEGUN, CHECKPOINTS, FILES_JSON, is_progress
+from nsae_cli.store.remote.progress import BEGUN, CHECKPOINTS, FILES_JSON
 from nsae_cli.store.workspace import Kind
 
 _KINDS = frozenset(kind.folder for kind in Kind)

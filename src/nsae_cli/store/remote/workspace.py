@@ -13,6 +13,7 @@ from nsae_cli.launch import ALONE, Placement
 from nsae_cli.reporter import Reporter
 from nsae_cli.store import commit, presence
 from nsae_cli.store.lock import Turn
+from nsae_cli.store.progress import is_progress
 from nsae_cli.store.remote import lease, progress
 from nsae_cli.store.remote.mirror import MARKS, NOTES, Mirror, is_busy, is_safe
 from nsae_cli.store.remote.objects import Objects, RemoteFile
@@ -129,9 +130,7 @@ class RemoteWorkspace(Workspace):
         name = self._name(folder)
         inside = [path for path in self.mirror.listing if path.startswith(f"{name}/")]
         left = [
-            path
-            for path in inside
-            if progress.is_progress(path.removeprefix(f"{name}/")) or f"/{progress.CHECKPOINTS}/" in path
+            path for path in inside if is_progress(path.removeprefix(f"{name}/")) or f"/{progress.CHECKPOINTS}/" in path
         ]
         if left and worker.alone and not self.mirror.objects.read_only:
             with self.writing(folder, reporter):

@@ -8,7 +8,7 @@ import torch
 
 from nsae_cli import catalogue
 from nsae_cli.store.shards import describe_changes
-from nsae_cli.training.environment import versions
+from nsae_cli.training.environment import changes_of_environment, versions
 from nsae_cli.training.parallel.ranks import Ranks
 from nsae_cli.training.plan import TrainPlan
 
@@ -24,11 +24,8 @@ def refuse_differences(ranks: Ranks, plan: TrainPlan) -> None:
         return
     first, *others = ranks.of_all(_fingerprint(plan))
     for rank, other in enumerate(others, start=1):
-        changed = [
-            f"{key} {value} -> {other['software'].get(key)}"
-            for key, value in first["software"].items()
-            if other["software"].get(key) != value
-        ]
+        software = changes_of_environment(first["software"], other["software"])
+        changed = [] if software is None else [software]
         old, new = first["cells"], other["cells"]
         if old != new:
             both = [cell for cell in old if cell in new]
